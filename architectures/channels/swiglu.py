@@ -1,0 +1,39 @@
+"""SwiGLU channel (Shazeer 2020, arXiv 2002.05202): `down(silu(gate(x)) * up(x))`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from zoo.architectures.core import mixer
+from zoo.architectures.core.config import DecoderConfig
+from zoo.architectures.core.mixer import Context, Part
+from zoo.errors import ZooError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args(mixer.Args):
+    intermediate_size: int
+    bias: bool = False
+
+    def check(self, config: DecoderConfig) -> None:
+        if self.intermediate_size <= 0:
+            raise ZooError(f"intermediate_size was {self.intermediate_size}; it must be positive")
+
+
+class SwiGLU(Part):
+    Args = Args
+
+    def __init__(self, config: DecoderConfig, args: Args) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, args.intermediate_size, bias=args.bias)
+        self.up_proj = nn.Linear(config.hidden_size, args.intermediate_size, bias=args.bias)
+        self.down_proj = nn.Linear(args.intermediate_size, config.hidden_size, bias=args.bias)
+
+    def forward(self, x: Tensor, ctx: Context, cache: object = None) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+MODULE = SwiGLU

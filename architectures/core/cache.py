@@ -1,0 +1,317 @@
+"""One cache-layer type for every mixer: named states with a kind, a length, and rollback by replay.
+
+transformers' `generate` builds a `DynamicCache` or `StaticCache`; `adopt` replaces its empty layers by ours.
+
+B batch, S cached tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import (
+    DYNAMIC_LAYER_TYPE_MAPPING,
+    STATIC_LAYER_TYPE_MAPPING,
+    Cache,
+    CacheLayerMixin,
+    DynamicCache,
+)
+
+Kind = Literal["kv", "ring", "conv", "recurrent", "metadata"]
+UNSEEN = torch.iinfo(torch.int64).max // 2  # a key position after every query: never visible
+
+
+@dataclass
+class _State:
+    tensor: Tensor
+    kind: Kind
+    fill: float
+
+
+@dataclass
+class _Snapshot:
+    states: dict[str, _State]
+    length: int
+    padded: bool
+    replay: Callable[[int], None]
+    tokens: int
+
+
+class LayerCache(CacheLayerMixin):
+    """The cache of one layer.
+
+    A mixer reads a state with `state(...)` (created on first use) and writes it with `put`; keys and values grow through
+    `append`. With `max_cache_len` set the cache is static: buffers are allocated once and written in place.
+    """
+
+    is_compileable = True
+    is_sliding = False
+    supports_early_init = False
+
+    def __init__(self, max_cache_len: int | None = None, **_: Any) -> None:
+        super().__init__()
+        self.max_cache_len = max_cache_len
+        self.cumulative_length: int | Tensor = 0 if max_cache_len is None else torch.zeros((), dtype=torch.long)
+        self.started = False  # known on the host, unlike a static cache's length
+        self.padded = False  # some call had padding: cached keys need positions
+        self.record_past = False
+        self._states: dict[str, _State] = {}
+        self._snapshot: _Snapshot | None = None
+
+    @property
+    def static(self) -> bool:
+        return self.max_cache_len is not None
+
+    def view(self, prefix: str) -> CacheView:
+        """The same cache with names nested under `prefix` (`attn/k`)."""
+        return CacheView(self, prefix)
+
+    def state(
+        self, name: str, shape: tuple[int, ...], dtype: torch.dtype, kind: Kind, device: torch.device, fill: float = 0
+    ) -> Tensor:
+        """The state `name`, made of `fill` on first use. `shape` starts with the batch."""
+        if name not in self._states:
+            tensor = torch.full(shape, fill, dtype=dtype, device=device)
+            if self.static and not torch.compiler.is_compiling():
+                torch._dynamo.mark_static_address(tensor)
+            self._states[name] = _State(tensor, kind, fill)
+            self.is_initialized = True
+        return self._states[name].tensor
+
+    def get(self, name: str) -> Tensor | None:
+        """The state `name`, or None before its first use."""
+        return self._states[name].tensor if name in self._states else None
+
+    def put(self, name: str, value: Tensor, kind: Kind = "recurrent") -> None:
+        """Store a new value; a static cache keeps its buffer."""
+        if name not in self._states:
+            self._states[name] = _State(value, kind, 0)
+            self.is_initialized = True
+        elif self.static:
+            self._states[name].tensor.copy_(value)
+        else:
+            self._states[name].tensor = value
+
+    def append(self, name: str, new: Tensor, fill: float = 0) -> Tensor:
+        """Grow `name [B, S, ...]` by `new [B, T, ...]` and return all of it (a static cache returns its whole buffer)."""
+        if not self.static:
+            old = self.get(name)
+            self.put(name, new if old is None else torch.cat([old, new], dim=1), "kv")
+            return self._states[name].tensor
+        shape = (new.shape[0], cast(int, self.max_cache_len), *new.shape[2:])
+        buffer = self.state(name, shape, new.dtype, "kv", new.device, fill)
+        index = self._length_on(new.device) + torch.arange(new.shape[1], device=new.device)
+        buffer.index_copy_(1, index, new)
+        return buffer
+
+    def advance(self, tokens: int) -> None:
+        """Count `tokens` as seen; called once per forward by the decoder."""
+        self.started = True
+        if isinstance(self.cumulative_length, int):
+            self.cumulative_length += tokens
+        else:
+            self.cumulative_length.add_(tokens)
+
+    def _length_on(self, device: torch.device) -> Tensor:
+        length = cast(Tensor, self.cumulative_length)
+        if length.device != device:
+            self.cumulative_length = length = length.to(device)
+            if not torch.compiler.is_compiling():
+                torch._dynamo.mark_static_address(length)
+        return length
+
+    def bytes(self) -> dict[str, int]:
+        """Bytes held, by state name."""
+        return {name: s.tensor.numel() * s.tensor.element_size() for name, s in self._states.items()}
+
+    # Rollback: a snapshot before the call plus the call's inputs; going back replays the tokens that stay.
+
+    def record(self, replay: Callable[[int], None], tokens: int) -> None:
+        """Remember the state before a call over `tokens` tokens; `replay(n)` repeats the call's first n tokens."""
+        self._snapshot = _Snapshot(self._copy_states(), self._host_length(), self.padded, replay, tokens)
+
+    def _copy_states(self) -> dict[str, _State]:
+        copied = {}
+        for name, s in self._states.items():
+            grows = s.kind == "kv" and not self.static  # replaced, never written in place
+            copied[name] = _State(s.tensor if grows else s.tensor.clone(), s.kind, s.fill)
+        return copied
+
+    def _host_length(self) -> int:
+        return int(self.cumulative_length)
+
+    @property
+    def is_croppable(self) -> bool:
+        return self.record_past or self._only_keys()
+
+    def _only_keys(self) -> bool:
+        return bool(self._states) and all(s.kind == "kv" for s in self._states.values()) and not self.static
+
+    def activate_past_recording(self) -> None:
+        """From the next call on, keep what `crop` needs to undo it."""
+        self.record_past = True
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last `abs(tokens_to_remove)` tokens.
+
+        Raises:
+            RuntimeError: they reach back beyond what is recorded.
+        """
+        n = abs(int(tokens_to_remove))
+        snapshot, self._snapshot = self._snapshot, None
+        if n == 0:
+            return
+        if self._only_keys():
+            self._crop_keys(n)
+        elif snapshot is None or n > snapshot.tokens:
+            have = 0 if snapshot is None else snapshot.tokens
+            raise RuntimeError(f"cannot remove {n} tokens from this cache: {have} are recorded")
+        else:
+            self._restore(snapshot)
+            if kept := snapshot.tokens - n:
+                recording, self.record_past = self.record_past, False
+                snapshot.replay(kept)
+                self.record_past = recording
+
+    def _crop_keys(self, n: int) -> None:
+        length = self._host_length() - n
+        if length < 0:
+            raise RuntimeError(f"cannot remove {n} tokens from a cache of {length + n}")
+        for s in self._states.values():
+            s.tensor = s.tensor[:, :length]
+        self.cumulative_length = length
+
+    def _restore(self, snapshot: _Snapshot) -> None:
+        self.padded = snapshot.padded
+        if isinstance(self.cumulative_length, int):
+            self._states, self.cumulative_length = snapshot.states, snapshot.length
+            return
+        self.cumulative_length.fill_(snapshot.length)
+        for name, s in self._states.items():
+            old = snapshot.states.get(name)
+            s.tensor.copy_(old.tensor) if old is not None else s.tensor.fill_(s.fill)
+
+    # The rest of transformers' protocol.
+
+    def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        raise RuntimeError("mixers write named states; `update(key, value)` has no meaning here")
+
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+        """States appear on first use."""
+
+    def get_seq_length(self) -> int:
+        return cast(int, self.cumulative_length)  # a tensor when static, never read on the host
+
+    def get_max_length(self) -> int:
+        return -1 if self.max_cache_len is None else self.max_cache_len
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return (self.get_seq_length() + query_length if self.max_cache_len is None else self.max_cache_len), 0
+
+    @property
+    def batch_size(self) -> int:
+        if not self._states:
+            raise AttributeError("batch_size is unknown before the first call")
+        return next(iter(self._states.values())).tensor.shape[0]
+
+    def reset(self) -> None:
+        self.started = self.padded = False
+        self._snapshot = None
+        if isinstance(self.cumulative_length, int):
+            self._states, self.cumulative_length = {}, 0
+            return
+        self.cumulative_length.zero_()
+        for s in self._states.values():
+            s.tensor.fill_(s.fill)
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> None:
+        for s in self._states.values():
+            s.tensor.copy_(function(s.tensor)) if self.static else setattr(s, "tensor", function(s.tensor))
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._map(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._map(lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._map(lambda x: x[indices.to(x.device)])
+
+    def offload(self) -> None:
+        for s in self._states.values():
+            self._device = s.tensor.device
+            s.tensor = s.tensor.to("cpu", non_blocking=True)
+
+    def prefetch(self) -> None:
+        for s in self._states.values():
+            s.tensor = s.tensor.to(getattr(self, "_device", s.tensor.device), non_blocking=True)
+
+
+class CacheView:
+    """A `LayerCache` seen through a name prefix, for layers made of several mixers."""
+
+    def __init__(self, layer: LayerCache | CacheView, prefix: str) -> None:
+        self.layer, self.prefix = layer, prefix
+
+    def _name(self, name: str) -> str:
+        return f"{self.prefix}/{name}"
+
+    def view(self, prefix: str) -> CacheView:
+        return CacheView(self, prefix)
+
+    def state(self, name: str, *args: Any, **kwargs: Any) -> Tensor:
+        return self.layer.state(self._name(name), *args, **kwargs)
+
+    def get(self, name: str) -> Tensor | None:
+        return self.layer.get(self._name(name))
+
+    def put(self, name: str, value: Tensor, kind: Kind = "recurrent") -> None:
+        self.layer.put(self._name(name), value, kind)
+
+    def append(self, name: str, new: Tensor, fill: float = 0) -> Tensor:
+        return self.layer.append(self._name(name), new, fill)
+
+    @property
+    def static(self) -> bool:
+        return self.layer.static
+
+    @property
+    def started(self) -> bool:
+        return self.layer.started
+
+    @property
+    def padded(self) -> bool:
+        return self.layer.padded
+
+    @property
+    def cumulative_length(self) -> int | Tensor:
+        return self.layer.cumulative_length
+
+
+def adopt(cache: Cache | None, layers: int) -> Cache:
+    """`cache` with our layers in it: a new one for None, replacing transformers' own layers while they are empty.
+
+    Raises:
+        ValueError: the cache already holds another model's keys and values.
+    """
+    cache = DynamicCache() if cache is None else cache
+    if len(cache.layers) == layers and all(isinstance(layer, LayerCache) for layer in cache.layers):
+        return cache
+    if any(layer.is_initialized for layer in cache.layers if not isinstance(layer, LayerCache)):
+        raise ValueError("past_key_values was filled by another model; pass an empty cache or None")
+    old = list(cache.layers) or [None] * layers
+    static = type(cache).__name__ == "StaticCache"
+    limits = [layer.max_cache_len if static and layer is not None else None for layer in old]
+    cache.layers = [LayerCache(max_cache_len=limit) for limit in limits[:layers]]
+    cache.layer_class_to_replicate = None
+    return cache
+
+
+def register() -> None:
+    """Make our layer known to transformers under the one word `zoo_recurrent`."""
+    DYNAMIC_LAYER_TYPE_MAPPING["zoo_recurrent"] = LayerCache
+    STATIC_LAYER_TYPE_MAPPING["zoo_recurrent"] = LayerCache

@@ -1,0 +1,182 @@
+"""The one decoder: embedding, layers, final norm. It knows residual streams, caches and layer order, and no family.
+
+B batch, T new tokens, S all tokens so far, D hidden size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
+from zoo import registry
+from zoo.architectures.core.block import Block
+from zoo.architectures.core.cache import LayerCache, adopt
+from zoo.architectures.core.config import DecoderConfig
+from zoo.architectures.core.mixer import Context, Phase
+from zoo.architectures.core.norms import make_norm
+from zoo.architectures.core.rope import RotaryTable
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The input-side facts of a forward call, as the caller gave them (see `Context` for shapes)."""
+
+    attention_mask: Tensor | None = None
+    position_ids: Tensor | None = None
+    cu_seqlens: Tensor | None = None
+    max_seqlen: int | None = None
+    phase: Phase | None = None
+
+
+class Decoder:
+    """Layers of any mixers over one residual stream: what `ZooModel` is made of, apart from transformers' protocol."""
+
+    embed_tokens: nn.Embedding
+    layers: nn.ModuleList
+    norm: nn.Module
+
+    def build(self, config: DecoderConfig, causal: bool = True) -> None:
+        """Make the submodules."""
+        self.decoder_config, self.causal = config, causal
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        if config.embed.learned_positions:
+            self.embed_positions = nn.Embedding(config.embed.learned_positions, config.hidden_size)
+        if config.embed.norm:
+            self.embed_norm = make_norm(config.norm, config.hidden_size)
+        blocks = [registry.get("blocks", layer.block, "MODULE")(config, layer) for layer in config.layers]
+        self.layers = nn.ModuleList(blocks)
+        self.shared = share_submodules(blocks, config)
+        if config.head.norm:
+            self.norm = make_norm(config.norm, config.hidden_size)
+        self.ropes = nn.ModuleDict(
+            {name: RotaryTable(rope, config.max_position_embeddings) for name, rope in config.ropes.items()}
+        )
+
+    def embed(self, ids: Tensor | None, embeds: Tensor | None, positions: Tensor) -> Tensor:
+        x = self.embed_tokens(ids) if embeds is None else embeds
+        config = self.decoder_config.embed
+        if config.scale != 1.0:
+            x = x * torch.tensor(config.scale, dtype=x.dtype, device=x.device)
+        if config.learned_positions:
+            x = x + self.embed_positions(positions)
+        return self.embed_norm(x) if config.norm else x
+
+    def run(self, ids: Tensor | None, embeds: Tensor | None, cache: Cache | None, batch: Batch, eager: bool) -> Tensor:
+        """Hidden states `[B, T, D]` after the final norm."""
+        shape = ids.shape if ids is not None else embeds.shape[:2]  # type: ignore[union-attr]
+        device = ids.device if ids is not None else embeds.device  # type: ignore[union-attr]
+        ctx = self._context(shape, device, cache, batch, eager)
+        x = self.embed(ids, embeds, ctx.positions)
+        values: dict[str, Tensor] = {}
+        for index, block in enumerate(self.layers):
+            layer_cache = None if cache is None else cache.layers[index]
+            reads = {name: values[name] for name in _reads(block)}
+            if layer_cache is not None and layer_cache.record_past:
+                replay = partial(block.replay, x, ctx, layer_cache, reads)
+                layer_cache.record(replay, shape[1])
+            x, written = block(x, ctx, layer_cache, reads)
+            values.update(written)
+            if layer_cache is not None:
+                layer_cache.advance(shape[1])
+        return self.norm(x) if self.decoder_config.head.norm else x
+
+    def _context(
+        self, shape: torch.Size, device: torch.device, cache: Cache | None, batch: Batch, eager: bool
+    ) -> Context:
+        layer = None if cache is None or not cache.layers else cache.layers[0]
+        mask = real_tokens(batch.attention_mask, shape[1])
+        if layer is not None and mask is not None:
+            for each in cache.layers:  # type: ignore[union-attr]
+                each.padded = True
+        positions = token_positions(shape, device, batch, layer, mask)
+        cu_seqlens = batch.cu_seqlens
+        if cu_seqlens is None and cache is None and mask is None:
+            cu_seqlens = boundaries(batch.position_ids)
+        return Context(
+            phase=batch.phase or ("train" if layer is None else "decode" if layer.started else "prefill"),
+            positions=positions,
+            causal=self.causal,
+            padding_mask=mask,
+            cu_seqlens=cu_seqlens,
+            max_seqlen=batch.max_seqlen,
+            ropes={name: table(positions) for name, table in self.ropes.items()},
+            eager=eager,
+        )
+
+    def state_bytes(self, length: int, itemsize: int = 2) -> int:
+        """Bytes of cache for one sequence of `length` tokens, all layers."""
+        return sum(layer.state_bytes(length, itemsize) for layer in self.layers)  # type: ignore[operator,misc]
+
+
+def _reads(block: Block) -> tuple[str, ...]:
+    return tuple(name for part in (block.mixer, block.channel) if part is not None for name in part.reads)
+
+
+def share_submodules(blocks: list[Any], config: DecoderConfig) -> dict[str, str]:
+    """Make layers with the same share key use one copy of that submodule.
+
+    Returns `{name of the copy: name of the first}`, both relative to the decoder.
+    """
+    first: dict[str, tuple[str, nn.Module]] = {}
+    shared = {}
+    for index, (block, layer) in enumerate(zip(blocks, config.layers, strict=True)):
+        for path, key in layer.share.items():
+            name = f"layers.{index}.{path}"
+            if key not in first:
+                first[key] = (name, block.get_submodule(path))
+                continue
+            parent, _, leaf = path.rpartition(".")
+            setattr(block.get_submodule(parent), leaf, first[key][1])
+            shared[name] = first[key][0]
+    return shared
+
+
+def real_tokens(attention_mask: Tensor | None, tokens: int) -> Tensor | None:
+    """`[B, T]` True on real tokens, from a `[B, S]` mask; None when all S are real (read on the host in eager mode)."""
+    if attention_mask is None:
+        return None
+    if attention_mask.dim() != 2:
+        raise ValueError(f"attention_mask has {attention_mask.dim()} dimensions; it must be [batch, tokens]")
+    if not torch.compiler.is_compiling() and bool(attention_mask.bool().all()):
+        return None
+    return attention_mask[:, -tokens:].bool()
+
+
+def token_positions(
+    shape: torch.Size, device: torch.device, batch: Batch, cache: LayerCache | None, mask: Tensor | None
+) -> Tensor:
+    """`[B, T]`: each token's position in its own sequence, not counting padding."""
+    if mask is not None and batch.attention_mask is not None:
+        counted = batch.attention_mask.long().cumsum(-1) - 1
+        return counted[:, -shape[1] :].clamp(min=0)
+    if batch.position_ids is not None:
+        return batch.position_ids.expand(shape)
+    steps = torch.arange(shape[1], device=device)
+    if batch.cu_seqlens is not None:
+        starts = batch.cu_seqlens.long()
+        owner = torch.searchsorted(starts, steps, right=True) - 1
+        return (steps - starts[owner])[None]
+    past = 0 if cache is None else cache.cumulative_length
+    past = past.to(device) if isinstance(past, Tensor) else past
+    return (steps + past).expand(shape)
+
+
+def boundaries(position_ids: Tensor | None) -> Tensor | None:
+    """`cu_seqlens` of a packed row, told by positions that start again at 0 (transformers' flattening collator)."""
+    if position_ids is None or position_ids.shape[0] != 1 or torch.compiler.is_compiling():
+        return None
+    starts = (position_ids[0] == 0).nonzero()[:, 0]
+    if len(starts) < 2 or int(starts[0]) != 0:
+        return None
+    end = torch.tensor([position_ids.shape[1]], device=starts.device)
+    return torch.cat([starts, end]).int()
+
+
+def prepare_cache(cache: Cache | None, use_cache: bool, layers: int) -> Cache | None:
+    """The cache with our layers in it, or None when caching is off and none was given."""
+    return adopt(cache, layers) if use_cache or cache is not None else None

@@ -1,0 +1,157 @@
+"""Checkpoint formats: who owns one, and how a checkpoint directory reads as our decoder.
+
+The owner of a format is an architecture or a source module. It exports
+`matches(config: dict) -> bool`, `decoder(config: dict) -> DecoderConfig`, `ARCHITECTURE` (the name of ours that it
+reads as), `RULES` or `rules(config: dict)`, and `published(decoder, config: dict) -> dict`, the published `config.json`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from zoo import registry
+from zoo.architectures.core.checkpoint import Checkpoint
+from zoo.architectures.core.config import DecoderConfig
+from zoo.architectures.core.operations import Operation
+from zoo.architectures.core.rules import Rule, Step, duplicates, steps
+from zoo.errors import ZooError
+
+if TYPE_CHECKING:
+    from zoo.architectures.core.modeling import ZooConfig
+
+# fields of a published config that say nothing about the computation and that ours has too
+CARRIED = ("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range")
+
+
+def owner(config: Mapping[str, Any]) -> ModuleType:
+    """The one module that owns the format of `config` (a `config.json`).
+
+    Raises:
+        ZooError: none does (the message lists the supported model types), or more than one.
+    """
+    modules = [registry.load("sources", name) for name in registry.names("sources")]
+    found = [module for module in modules if module.matches(config)]
+    if len(found) == 1:
+        return found[0]
+    kind = config.get("model_type")
+    if found:
+        names = ", ".join(module.__name__.rpartition(".")[2] for module in found)
+        raise ZooError(f"model_type {kind!r} is claimed by {names}; a format must have one owner")
+    raise ZooError(f"model_type {kind!r} is not supported; supported are: {', '.join(['zoo', *registry.names('sources')])}")
+
+
+def rules_of(module: ModuleType, config: Mapping[str, Any]) -> Sequence[Rule]:
+    """The owner's key rules for this config."""
+    rules: Sequence[Rule] = module.rules(config) if hasattr(module, "rules") else module.RULES
+    return rules
+
+
+@dataclass(frozen=True)
+class Canonical:
+    """A checkpoint directory, ours or a published one, read as our decoder.
+
+    Args:
+        checkpoint: the directory.
+        config: our config of it, checked.
+        format: `zoo`, or the name of the owner of the published format.
+        steps: how each tensor of our decoder is made from the directory's tensors.
+    """
+
+    checkpoint: Checkpoint
+    config: ZooConfig
+    format: str
+    steps: Mapping[str, Step]
+
+    @cached_property
+    def decoder(self) -> DecoderConfig:
+        return self.config.decoder
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.checkpoint.dtype
+
+    def get(self, name: str) -> Tensor:
+        """The tensor of our decoder named `name`; memory-mapped when it is a plain copy."""
+        return self.steps[name].run(self.checkpoint.get)
+
+
+def read(path: Path) -> Canonical:
+    """Read a checkpoint directory of any supported format; no tensor is read.
+
+    Raises:
+        ZooError: an unsupported or corrupt checkpoint, or one whose tensors are not those of its config.
+    """
+    checkpoint = Checkpoint(path)
+    if checkpoint.config.get("model_type") == "zoo":
+        return _ours(checkpoint)
+    module = owner(checkpoint.config)
+    name = module.__name__.rpartition(".")[2]
+    try:
+        decoder = module.decoder(checkpoint.config)
+        made = steps(rules_of(module, checkpoint.config), checkpoint.tensors)
+    except KeyError as error:
+        raise ZooError(f"config {path / 'config.json'} lacks {error.args[0]!r}; it is not a {name} config") from None
+    except ZooError as error:
+        raise ZooError(f"{path}: {error}") from None
+    config = zoo_config(decoder, module.ARCHITECTURE, checkpoint.config, checkpoint.dtype, name)
+    check_tensors(config, {target: step.shape for target, step in made.items()}, path)
+    _check_duplicates(checkpoint, rules_of(module, checkpoint.config))
+    return Canonical(checkpoint, config, name, made)
+
+
+def zoo_config(
+    decoder: DecoderConfig, architecture: str, published: Mapping[str, Any], dtype: torch.dtype, source: str
+) -> ZooConfig:
+    """Our config of a published one; `source_format` remembers the owner, for saving back."""
+    from zoo.architectures.core.modeling import ZooConfig
+
+    fields = {name: published[name] for name in CARRIED if published.get(name) is not None}
+    return ZooConfig.from_decoder(decoder, architecture, source_format=source, dtype=dtype, **fields)
+
+
+def expected_tensors(config: ZooConfig) -> dict[str, Tensor]:
+    """Every parameter of the model of `config`, on the meta device; a tied one appears once, under its first name."""
+    from zoo.architectures.core.modeling import ZooForCausalLM
+
+    with torch.device("meta"):
+        model = ZooForCausalLM(config)
+    tied = set(model.all_tied_weights_keys)
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
+
+
+def check_tensors(config: ZooConfig, shapes: Mapping[str, tuple[int, ...]], where: Path | str) -> None:
+    """Raise `ZooError` naming a tensor that is missing, unexpected or of another shape than the config's model has."""
+    expected = {name: tuple(tensor.shape) for name, tensor in expected_tensors(config).items()}
+    for found, what in ((set(expected) - set(shapes), "is missing"), (set(shapes) - set(expected), "is unexpected")):
+        if found:
+            raise ZooError(f"{where}: tensor {min(found)!r} {what} ({len(found)} such); the weights do not fit the config")
+    for name, shape in expected.items():
+        if shapes[name] != shape:
+            raise ZooError(f"{where}: tensor {name!r} has shape {shapes[name]}; the config asks for {shape}")
+
+
+def _ours(checkpoint: Checkpoint) -> Canonical:
+    from zoo.architectures.core.modeling import ZooConfig
+
+    try:
+        config = ZooConfig.from_dict(dict(checkpoint.config))
+    except (TypeError, KeyError, AttributeError) as error:
+        raise ZooError(f"config {checkpoint.path / 'config.json'} is corrupt ({error}); download it again") from None
+    copy = (Operation("copy"),)
+    made = {name: Step(name, (name,), copy, info.shape, info.dtype) for name, info in checkpoint.tensors.items()}
+    check_tensors(config, {name: step.shape for name, step in made.items()}, checkpoint.path)
+    return Canonical(checkpoint, config, "zoo", made)
+
+
+def _check_duplicates(checkpoint: Checkpoint, rules: Sequence[Rule]) -> None:
+    for name, original in duplicates(rules, checkpoint.tensors):
+        if original in checkpoint.tensors and not torch.equal(checkpoint.get(name), checkpoint.get(original)):
+            raise ZooError(f"{checkpoint.path}: {name!r} differs from {original!r}, to which the config ties it; untie them")

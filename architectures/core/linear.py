@@ -1,0 +1,122 @@
+"""What mixers over the `linear_attention` op share: the projections of attention, and the recurrence over the cache.
+
+B batch, T new tokens, H key heads, Hv value heads, K key and V value head dimension.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from zoo.architectures.core.cache import LayerCache
+from zoo.architectures.core.config import DecoderConfig, Norm
+from zoo.architectures.core.mixer import Context, Mixer, grouped, wide, wide_dtype
+from zoo.architectures.core.norms import make_norm
+from zoo.architectures.core.rope import apply_rope
+from zoo.errors import ZooError
+from zoo.kernels.linear_attention import linear_attention, linear_attention_step
+
+
+def recur(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor | None,
+    ctx: Context,
+    cache: LayerCache | None,
+    *,
+    normalize: Literal["sum"] | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """`linear_attention` of `q, k [B, T, H, K]` and `v [B, T, Hv, V]`, continued from and kept in the cache's `state`."""
+    args: dict[str, Any] = dict(normalize=normalize, scale=scale)
+    if cache is None:
+        return linear_attention(q, k, v, decay, cu_seqlens=ctx.cu_seqlens, **args)[0]
+    shape = (q.shape[0], v.shape[2], q.shape[3], v.shape[3] + (normalize == "sum"))
+    state = cache.state("state", shape, wide_dtype(q), "recurrent", q.device)
+    if ctx.phase == "decode" and q.shape[1] == 1 and not torch.is_grad_enabled():
+        return linear_attention_step(q, k, v, decay, state=state, **args)
+    o, new = linear_attention(q, k, v, decay, initial_state=state, output_final_state=True, **args)
+    assert new is not None
+    cache.put("state", new)
+    return o
+
+
+def recurrent_bytes(heads: int, keys: int, values: int) -> int:
+    """Bytes of a state `[heads, keys, values]` in fp32."""
+    return heads * keys * values * torch.float32.itemsize
+
+
+def group_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMS norm over the last axis of `x`, in fp32, times `weight` (broadcast); the result has x's dtype."""
+    normed = F.rms_norm(wide(x), (x.shape[-1],), eps=eps)
+    return (normed * wide(weight)).to(x.dtype)
+
+
+def check_sizes(**sizes: int | None) -> None:
+    """Refuse a size below 1; None stands for a default."""
+    for name, size in sizes.items():
+        if size is not None and size < 1:
+            raise ZooError(f"{name} was {size}; it must be at least 1")
+
+
+def check_norm(name: str, kind: str | None) -> None:
+    """Refuse a norm kind that does not exist; None is no norm."""
+    if kind is not None:
+        try:
+            Norm(kind=kind)
+        except ZooError as error:
+            raise ZooError(f"{name}: {error}") from None
+
+
+def check_width(conv: int, activation: str | None) -> None:
+    """Refuse a short convolution of negative width or with an unknown activation."""
+    if conv < 0:
+        raise ZooError(f"conv was {conv}; it must be a width, or 0 for none")
+    if activation not in (None, "silu"):
+        raise ZooError(f"conv_activation {activation!r} is unknown; it must be silu, or null for none")
+
+
+class RotatedKeys(Mixer):
+    """A mixer whose queries and keys may carry attention's qk-norm and RoPE, so that attention transfers exactly."""
+
+    def make_rotation(self, config: DecoderConfig, args: Any, key_dim: int) -> None:
+        """Norms `q_norm`, `k_norm` and the rotary pairing, as `args` (qk_norm, qk_norm_eps, rope) say."""
+        self.rope: str | None = args.rope
+        self.pairing = config.ropes[args.rope].pairing if args.rope else "half"
+        self.normed = args.qk_norm is not None
+        if self.normed:
+            norm = Norm(kind=args.qk_norm, eps=args.qk_norm_eps)
+            self.q_norm, self.k_norm = make_norm(norm, key_dim), make_norm(norm, key_dim)
+
+    def rotated(self, q: Tensor, k: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
+        """`q, k [B, T, H, K]` after qk-norm and RoPE."""
+        if self.normed:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if self.rope is not None:
+            table = ctx.ropes[self.rope]
+            q, k = apply_rope(q, table, self.pairing), apply_rope(k, table, self.pairing)
+        return q, k
+
+
+class Projected(RotatedKeys):
+    """A mixer with attention's own projections q, k, v, o and one head of values per head of keys."""
+
+    heads: int
+
+    def make_projections(self, config: DecoderConfig, args: Any, value_dim: int) -> None:
+        """`args` has heads, head_dim, q_bias, k_bias, v_bias, o_bias and what `make_rotation` reads."""
+        self.heads, width = args.heads, config.hidden_size
+        keys, values = args.heads * args.head_dim, args.heads * value_dim
+        self.q_proj = nn.Linear(width, keys, bias=args.q_bias)
+        self.k_proj = nn.Linear(width, keys, bias=args.k_bias)
+        self.v_proj = nn.Linear(width, values, bias=args.v_bias)
+        self.o_proj = nn.Linear(values, width, bias=args.o_bias)
+        self.make_rotation(config, args, args.head_dim)
+
+    def expanded_qkv(self, x: Tensor, ctx: Context) -> tuple[Tensor, Tensor, Tensor]:
+        q, k = (grouped(projection(x), self.heads) for projection in (self.q_proj, self.k_proj))
+        return *self.rotated(q, k, ctx), grouped(self.v_proj(x), self.heads)

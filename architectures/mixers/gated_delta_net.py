@@ -1,0 +1,192 @@
+"""Gated DeltaNet (Yang et al. 2024, arXiv 2412.06464): the delta rule with a data-dependent decay per head.
+
+    S_t = exp(g_t) S_{t-1} (I - beta_t k_t^T k_t) + beta_t k_t^T v_t,   o_t = q_t S_t,   g_t = -exp(A) softplus(a_t + dt)
+
+B batch, T new tokens, H key heads, Hv value heads, K key and V value head dimension, W convolution width.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import initialization
+
+from zoo.architectures.core import mixer
+from zoo.architectures.core.cache import LayerCache
+from zoo.architectures.core.config import DecoderConfig, Norm
+from zoo.architectures.core.mixer import Context, Mixer, grouped, keep_fp32, wide, wide_dtype
+from zoo.architectures.core.norms import make_norm
+from zoo.architectures.core.plan import AttentionSpec, Init, MixerPlan
+from zoo.architectures.core.recurrent import ConvStates, check_rope, gate_activation, transferred_rows
+from zoo.architectures.core.rope import apply_rope
+from zoo.errors import ZooError
+from zoo.kernels.delta_rule import delta_rule, delta_rule_step
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args(mixer.Args):
+    """The published layer is the default; conversion from attention uses the other options.
+
+    `conv` is the width of the short convolutions on q, k and v (0: none), followed by `conv_activation`; `gate` is the
+    output gate's activation (silu, sigmoid or None); `norm` puts an RMS norm on each head's output, with weights of its own
+    per head if `norm_per_head`; `beta_scale` 2 allows negative eigenvalues; `scale` is the query scale (None: `head_dim ** -0.5`).
+    """
+
+    heads: int
+    head_dim: int
+    value_heads: int | None = None
+    value_dim: int | None = None
+    conv: int = 4
+    conv_activation: str | None = "silu"
+    gate: str | None = "silu"
+    gate_bias: bool = False
+    norm: bool = True
+    norm_per_head: bool = False
+    norm_eps: float = 1e-5
+    beta_scale: float = 1.0
+    beta_bias: bool = False
+    scale: float | None = None
+    q_bias: bool = False
+    k_bias: bool = False
+    v_bias: bool = False
+    o_bias: bool = False
+    qk_norm: str | None = None
+    qk_norm_eps: float = 1e-6
+    rope: str | None = None
+
+    def check(self, config: DecoderConfig) -> None:
+        value_heads = self.value_heads or self.heads
+        if self.heads <= 0 or value_heads % self.heads:
+            raise ZooError(f"value_heads was {value_heads}; it must be a multiple of heads ({self.heads})")
+        if self.conv < 0:
+            raise ZooError(f"conv was {self.conv}; it must be a width, or 0 for none")
+        gate_activation(self.gate)
+        check_rope(self.rope, config)
+
+
+class GatedDeltaNet(Mixer):
+    Args = Args
+
+    def __init__(self, config: DecoderConfig, args: Args) -> None:
+        super().__init__()
+        self.args, width = args, config.hidden_size
+        self.heads, self.key_dim = args.heads, args.head_dim
+        self.value_heads, self.value_dim = args.value_heads or args.heads, args.value_dim or args.head_dim
+        keys, values = self.heads * self.key_dim, self.value_heads * self.value_dim
+        self.q_proj = nn.Linear(width, keys, bias=args.q_bias)
+        self.k_proj = nn.Linear(width, keys, bias=args.k_bias)
+        self.v_proj = nn.Linear(width, values, bias=args.v_bias)
+        self.a_proj = nn.Linear(width, self.value_heads, bias=False)
+        self.b_proj = nn.Linear(width, self.value_heads, bias=args.beta_bias)
+        self.A_log = keep_fp32(nn.Parameter(torch.zeros(self.value_heads, dtype=torch.float32)))
+        self.dt_bias = keep_fp32(nn.Parameter(torch.zeros(self.value_heads, dtype=torch.float32)))
+        self.convs = ConvStates({"q": keys, "k": keys, "v": values}, args.conv, args.conv_activation)
+        if args.gate is not None:
+            self.g_proj = nn.Linear(width, values, bias=args.gate_bias)
+        if args.norm:
+            shape = (self.value_heads, self.value_dim) if args.norm_per_head else (self.value_dim,)
+            self.o_norm = nn.Parameter(torch.ones(shape))
+        self.o_proj = nn.Linear(values, width, bias=args.o_bias)
+        self.pairing = config.ropes[args.rope].pairing if args.rope else "half"
+        if args.qk_norm is not None:
+            norm = Norm(kind=args.qk_norm, eps=args.qk_norm_eps)
+            self.q_norm, self.k_norm = make_norm(norm, self.key_dim), make_norm(norm, self.key_dim)
+
+    def init_weights(self, std: float) -> None:
+        """A uniform in [1, 16] and time steps log-uniform in [1e-3, 0.1], as published."""
+        initialization.copy_(self.A_log, torch.empty(self.value_heads).uniform_(1, 16).log())
+        dt = torch.empty(self.value_heads).uniform_(math.log(1e-3), math.log(0.1)).exp()
+        initialization.copy_(self.dt_bias, dt + torch.log(-torch.expm1(-dt)))
+        if self.args.norm:
+            initialization.ones_(self.o_norm)
+
+    @classmethod
+    def from_attention(cls, spec: AttentionSpec, heads: tuple[int, ...] | None = None) -> MixerPlan:
+        kept = tuple(range(spec.heads)) if heads is None else heads
+        count, d = len(kept), spec.head_dim
+        args = dict(heads=count, head_dim=d, conv=4, conv_activation=None, gate="silu", gate_bias=True, norm_per_head=True)
+        args |= dict(beta_bias=True, q_bias=spec.q_bias, k_bias=spec.k_bias, v_bias=spec.v_bias, o_bias=spec.o_bias)
+        args |= dict(qk_norm=spec.qk_norm, qk_norm_eps=spec.norm_eps, rope=spec.rope)
+        half_lives = torch.logspace(math.log2(16), math.log2(spec.max_position), count, base=2.0, dtype=torch.float64)
+        rates = math.log(2) / half_lives  # softplus(dt_bias) with A = 1
+        inits = [
+            Init(target="a_proj.weight", shape=(count, spec.hidden_size), kind="zeros"),
+            Init(target="b_proj.weight", shape=(count, spec.hidden_size), kind="zeros"),
+            Init(target="b_proj.bias", shape=(count,), kind="constant", options={"value": 0.0}),
+            Init(target="A_log", shape=(count,), kind="zeros", fp32=True),
+            Init(target="dt_bias", shape=(count,), kind="values", options={"values": inverse_softplus(rates)}, fp32=True),
+            *(Init(target=f"convs.{n}", shape=(count * d, 4), kind="identity_conv") for n in ("q", "k", "v")),
+            Init(target="g_proj.weight", shape=(count * d, spec.hidden_size), kind="zeros"),
+            # silu(1.278) = 1: the gate starts open and constant, with a gradient
+            Init(target="g_proj.bias", shape=(count * d,), kind="constant", options={"value": 1.27846}),
+            Init(target="o_norm", shape=(count, d), kind="ones"),
+        ]
+        return MixerPlan(args=args, rows=transferred_rows(spec, heads), inits=tuple(inits))
+
+    def _qk(self, q: Tensor, k: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
+        q, k = grouped(q, self.heads), grouped(k, self.heads)
+        if self.args.qk_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if self.args.rope is not None:
+            table = ctx.ropes[self.args.rope]
+            q, k = apply_rope(q, table, self.pairing), apply_rope(k, table, self.pairing)
+        return q, k
+
+    def expanded_qkv(self, x: Tensor, ctx: Context) -> tuple[Tensor, Tensor, Tensor]:
+        q, k = self._qk(self.q_proj(x), self.k_proj(x), ctx)
+        return q, k, grouped(self.v_proj(x), self.value_heads)
+
+    def forward(self, x: Tensor, ctx: Context, cache: LayerCache | None = None) -> Tensor:
+        """`x [B, T, D] -> [B, T, D]`."""
+        q, k, v = (self.convs(n, ctx.mask(p(x)), ctx, cache) for n, p in self._projections())
+        q, k = self._qk(q, k, ctx)
+        o = self._recur(q, ctx.mask(k), ctx.mask(grouped(v, self.value_heads)), *self._gates(x, ctx), ctx, cache)
+        return self.o_proj(self._output(o.to(x.dtype), x).flatten(-2))
+
+    def _projections(self) -> tuple[tuple[str, nn.Module], ...]:
+        return ("q", self.q_proj), ("k", self.k_proj), ("v", self.v_proj)
+
+    def _gates(self, x: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
+        """beta and log decay, `[B, T, Hv]` fp32; padding neither writes nor forgets."""
+        beta = wide(self.b_proj(x)).sigmoid() * self.args.beta_scale
+        decay = -wide(self.A_log).exp() * F.softplus(wide(self.a_proj(x)) + wide(self.dt_bias))
+        return ctx.mask(beta), ctx.mask(decay)
+
+    def _recur(
+        self, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, decay: Tensor, ctx: Context, cache: LayerCache | None
+    ) -> Tensor:
+        args = dict(qk_l2norm=True, scale=self.args.scale)
+        if cache is None:
+            return delta_rule(q, k, v, beta, decay, cu_seqlens=ctx.cu_seqlens, **args)[0]
+        shape = (q.shape[0], self.value_heads, self.key_dim, self.value_dim)
+        state = cache.state("state", shape, wide_dtype(q), "recurrent", q.device)
+        if ctx.phase == "decode" and q.shape[1] == 1 and not torch.is_grad_enabled():
+            return delta_rule_step(q, k, v, beta, decay, state=state, **args)
+        o, new = delta_rule(q, k, v, beta, decay, initial_state=state, output_final_state=True, **args)
+        assert new is not None
+        cache.put("state", new)
+        return o
+
+    def _output(self, o: Tensor, x: Tensor) -> Tensor:
+        if self.args.norm:
+            normed = F.rms_norm(wide(o), (self.value_dim,), eps=self.args.norm_eps)
+            o = (normed * wide(self.o_norm)).to(x.dtype)
+        if self.args.gate is not None:
+            o = o * gate_activation(self.args.gate)(grouped(self.g_proj(x), self.value_heads))
+        return o
+
+    def state_bytes(self, length: int, itemsize: int = 2) -> int:
+        state = self.value_heads * self.key_dim * self.value_dim * torch.float32.itemsize
+        return state + self.convs.state_bytes(itemsize)
+
+
+def inverse_softplus(x: Tensor) -> list[float]:
+    """`y` with `softplus(y) = x`, as plain numbers."""
+    return (x + torch.log(-torch.expm1(-x))).tolist()
+
+
+MODULE = GatedDeltaNet

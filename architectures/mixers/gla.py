@@ -1,0 +1,164 @@
+"""Gated linear attention (Yang et al. 2023, arXiv 2312.06635): a data-dependent decay per key channel.
+
+    S_t = Diag(exp g_t) S_{t-1} + k_t^T v_t,   o_t = q_t S_t,   g_t = logsigmoid(x_t W1 W2 + b) / 16
+
+B batch, T new tokens, H heads, K key and V value head dimension, R rank of the decay.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import initialization
+
+from zoo.architectures.core import mixer
+from zoo.architectures.core.cache import LayerCache
+from zoo.architectures.core.config import DecoderConfig
+from zoo.architectures.core.linear import (
+    Projected,
+    check_norm,
+    check_sizes,
+    check_width,
+    group_norm,
+    recur,
+    recurrent_bytes,
+)
+from zoo.architectures.core.mixer import Context, grouped, keep_fp32, wide
+from zoo.architectures.core.plan import AttentionSpec, Init, MixerPlan
+from zoo.architectures.core.recurrent import ConvStates, check_rope, gate_activation, transferred_rows
+from zoo.errors import ZooError
+
+EXAMPLE = dict(heads=2, head_dim=16, value_dim=24)
+FEATURE_MAPS = (None, "softmax")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args(mixer.Args):
+    """The published layer is the default; conversion from attention uses the other options.
+
+    `decay_rank` is R and `decay_divisor` the 16 above; `feature_map` "softmax" makes queries and keys distributions over
+    their channels (Lan et al. 2025, arXiv 2503.01496); `conv` is the width of short convolutions on q, k and v (0: none),
+    followed by `conv_activation`; `gate` is the output gate's activation; `norm` puts an RMS norm on each head's output,
+    with weights of its own per head if `norm_per_head`; `scale` is the query scale (None: `head_dim ** -0.5`).
+    """
+
+    heads: int
+    head_dim: int
+    value_dim: int | None = None
+    decay_rank: int = 16
+    decay_divisor: float = 16.0
+    feature_map: str | None = None
+    conv: int = 0
+    conv_activation: str | None = "silu"
+    gate: str | None = "silu"
+    gate_bias: bool = False
+    norm: bool = True
+    norm_per_head: bool = False
+    norm_eps: float = 1e-5
+    scale: float | None = None
+    q_bias: bool = False
+    k_bias: bool = False
+    v_bias: bool = False
+    o_bias: bool = False
+    qk_norm: str | None = None
+    qk_norm_eps: float = 1e-6
+    rope: str | None = None
+
+    def check(self, config: DecoderConfig) -> None:
+        check_sizes(heads=self.heads, head_dim=self.head_dim, value_dim=self.value_dim, decay_rank=self.decay_rank)
+        if self.decay_divisor <= 0:
+            raise ZooError(f"decay_divisor was {self.decay_divisor}; it must be positive")
+        if self.feature_map not in FEATURE_MAPS:
+            raise ZooError(f"feature_map {self.feature_map!r} is unknown; it must be softmax, or null for none")
+        check_width(self.conv, self.conv_activation)
+        check_norm("qk_norm", self.qk_norm)
+        gate_activation(self.gate)
+        check_rope(self.rope, config)
+
+
+class GatedLinearAttention(Projected):
+    Args = Args
+
+    def __init__(self, config: DecoderConfig, args: Args) -> None:
+        super().__init__()
+        self.args, self.key_dim, self.value_dim = args, args.head_dim, args.value_dim or args.head_dim
+        self.make_projections(config, args, self.value_dim)
+        keys, values = self.heads * self.key_dim, self.heads * self.value_dim
+        self.decay_down = nn.Linear(config.hidden_size, args.decay_rank, bias=False)
+        self.decay_up = nn.Linear(args.decay_rank, keys, bias=False)
+        self.decay_bias = keep_fp32(nn.Parameter(torch.zeros(keys, dtype=torch.float32)))
+        widths = {"q": keys, "k": keys, "v": values}
+        self.convs = ConvStates(widths, args.conv, args.conv_activation if args.conv else None)
+        if args.gate is not None:
+            self.g_proj = nn.Linear(config.hidden_size, values, bias=args.gate_bias)
+        if args.norm:
+            shape = (self.heads, self.value_dim) if args.norm_per_head else (self.value_dim,)
+            self.o_norm = nn.Parameter(torch.ones(shape))
+
+    def init_weights(self, std: float) -> None:
+        initialization.zeros_(self.decay_bias)
+        if self.args.norm:
+            initialization.ones_(self.o_norm)
+
+    @classmethod
+    def from_attention(cls, spec: AttentionSpec, heads: tuple[int, ...] | None = None) -> MixerPlan:
+        count, d = spec.heads if heads is None else len(heads), spec.head_dim
+        args = dict(heads=count, head_dim=d, feature_map="softmax", gate_bias=True, norm_per_head=True)
+        args |= dict(q_bias=spec.q_bias, k_bias=spec.k_bias, v_bias=spec.v_bias, o_bias=spec.o_bias)
+        args |= dict(qk_norm=spec.qk_norm, qk_norm_eps=spec.norm_eps, rope=spec.rope)
+        inits = [
+            Init(target="decay_down.weight", shape=(16, spec.hidden_size), kind="normal", options={"std": 0.02}),
+            Init(target="decay_up.weight", shape=(count * d, 16), kind="normal", options={"std": 0.02}),
+            Init(
+                target="decay_bias",
+                shape=(count * d,),
+                kind="values",
+                options={"values": decay_biases(count, d, spec.max_position)},
+                fp32=True,
+            ),
+            Init(target="g_proj.weight", shape=(count * d, spec.hidden_size), kind="zeros"),
+            # silu(1.278) = 1: the gate starts open and constant, with a gradient
+            Init(target="g_proj.bias", shape=(count * d,), kind="constant", options={"value": 1.27846}),
+            Init(target="o_norm", shape=(count, d), kind="ones"),
+        ]
+        return MixerPlan(args=args, rows=transferred_rows(spec, heads), inits=tuple(inits))
+
+    def forward(self, x: Tensor, ctx: Context, cache: LayerCache | None = None) -> Tensor:
+        """`x [B, T, D] -> [B, T, D]`."""
+        projections = (("q", self.q_proj), ("k", self.k_proj), ("v", self.v_proj))
+        q, k, v = (grouped(self.convs(n, ctx.mask(p(x)), ctx, cache), self.heads) for n, p in projections)
+        q, k = self.rotated(q, k, ctx)
+        if self.args.feature_map == "softmax":
+            q, k = (wide(part).softmax(-1).to(x.dtype) for part in (q, k))
+        o = recur(q, ctx.mask(k), ctx.mask(v), self._decay(x, ctx), ctx, cache, scale=self.args.scale)
+        return self.o_proj(self._output(o.to(x.dtype), x).flatten(-2))
+
+    def _decay(self, x: Tensor, ctx: Context) -> Tensor:
+        """Log decay `[B, T, H, K]` in fp32; padding does not forget."""
+        logits = wide(self.decay_up(self.decay_down(x))) + wide(self.decay_bias)
+        return ctx.mask(grouped(F.logsigmoid(logits) / self.args.decay_divisor, self.heads))
+
+    def _output(self, o: Tensor, x: Tensor) -> Tensor:
+        if self.args.norm:
+            o = group_norm(o, self.o_norm, self.args.norm_eps)
+        if self.args.gate is not None:
+            o = o * gate_activation(self.args.gate)(grouped(self.g_proj(x), self.heads))
+        return o
+
+    def state_bytes(self, length: int, itemsize: int = 2) -> int:
+        return recurrent_bytes(self.heads, self.key_dim, self.value_dim) + self.convs.state_bytes(itemsize)
+
+
+def decay_biases(heads: int, head_dim: int, max_position: int) -> list[float]:
+    """Biases under which head h halves its state in 16 to `max_position` tokens, spread evenly in the logarithm."""
+    half_lives = torch.logspace(math.log2(16), math.log2(max_position), heads, base=2.0, dtype=torch.float64)
+    rates = math.log(2) / half_lives
+    biases = -torch.log(torch.expm1(16.0 * rates))  # logsigmoid(bias) / 16 = -rate
+    return biases.repeat_interleave(head_dim).tolist()
+
+
+MODULE = GatedLinearAttention

@@ -1,0 +1,91 @@
+"""Hedgehog (Zhang et al. 2024, arXiv 2402.04347): linear attention with a learned feature map that mimics softmax.
+
+    phi(x) = [softmax(x W), softmax(-x W)],   o_t = sum_{s <= t} phi(q_t) phi(k_s)^T v_s / sum_{s <= t} phi(q_t) phi(k_s)^T
+
+The form is LoLCATs' (arXiv 2410.10254): one map per head for queries and one for keys, after RoPE.
+
+B batch, T new tokens, H heads, K key and V value head dimension; features have 2K channels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization
+
+from zoo.architectures.core import mixer
+from zoo.architectures.core.cache import LayerCache
+from zoo.architectures.core.config import DecoderConfig
+from zoo.architectures.core.linear import Projected, check_norm, check_sizes, recur, recurrent_bytes
+from zoo.architectures.core.mixer import Context, wide
+from zoo.architectures.core.plan import AttentionSpec, Init, MixerPlan
+from zoo.architectures.core.recurrent import check_rope, transferred_rows
+
+EXAMPLE = dict(heads=2, head_dim=16, value_dim=24)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args(mixer.Args):
+    """`value_dim` defaults to `head_dim`; biases, `qk_norm` and `rope` are those of softmax attention."""
+
+    heads: int
+    head_dim: int
+    value_dim: int | None = None
+    q_bias: bool = False
+    k_bias: bool = False
+    v_bias: bool = False
+    o_bias: bool = False
+    qk_norm: str | None = None
+    qk_norm_eps: float = 1e-6
+    rope: str | None = None
+
+    def check(self, config: DecoderConfig) -> None:
+        check_sizes(heads=self.heads, head_dim=self.head_dim, value_dim=self.value_dim)
+        check_norm("qk_norm", self.qk_norm)
+        check_rope(self.rope, config)
+
+
+class Hedgehog(Projected):
+    Args = Args
+
+    def __init__(self, config: DecoderConfig, args: Args) -> None:
+        super().__init__()
+        self.key_dim, self.value_dim = args.head_dim, args.value_dim or args.head_dim
+        self.make_projections(config, args, self.value_dim)
+        shape = (args.heads, args.head_dim, args.head_dim)
+        self.q_map, self.k_map = nn.Parameter(torch.zeros(shape)), nn.Parameter(torch.zeros(shape))
+
+    def init_weights(self, std: float) -> None:
+        """The identity map, as published: the parameters hold `W - I`."""
+        initialization.zeros_(self.q_map)
+        initialization.zeros_(self.k_map)
+
+    @classmethod
+    def from_attention(cls, spec: AttentionSpec, heads: tuple[int, ...] | None = None) -> MixerPlan:
+        count, d = spec.heads if heads is None else len(heads), spec.head_dim
+        args = dict(heads=count, head_dim=d, qk_norm=spec.qk_norm, qk_norm_eps=spec.norm_eps, rope=spec.rope)
+        args |= dict(q_bias=spec.q_bias, k_bias=spec.k_bias, v_bias=spec.v_bias, o_bias=spec.o_bias)
+        inits = tuple(Init(target=name, shape=(count, d, d), kind="zeros") for name in ("q_map", "k_map"))
+        return MixerPlan(args=args, rows=transferred_rows(spec, heads), inits=inits)
+
+    def forward(self, x: Tensor, ctx: Context, cache: LayerCache | None = None) -> Tensor:
+        """`x [B, T, D] -> [B, T, D]`."""
+        q, k, v = self.expanded_qkv(x, ctx)
+        q, k = features(q, self.q_map), features(k, self.k_map)
+        # masked after the map: the features of a zero vector are not zero
+        o = recur(q, ctx.mask(k), ctx.mask(v), None, ctx, cache, normalize="sum", scale=1.0)
+        return self.o_proj(o.to(x.dtype).flatten(-2))
+
+    def state_bytes(self, length: int, itemsize: int = 2) -> int:
+        return recurrent_bytes(self.heads, 2 * self.key_dim, self.value_dim + 1)
+
+
+def features(x: Tensor, weight: Tensor) -> Tensor:
+    """`x [B, T, H, K] -> [B, T, H, 2K]`, positive, each half summing to one; `weight [H, K, K]` is `W - I`."""
+    mapped = wide(x + torch.einsum("bthk,hkf->bthf", x, weight.to(x.dtype)))
+    return torch.cat([mapped.softmax(-1), (-mapped).softmax(-1)], dim=-1).to(x.dtype)
+
+
+MODULE = Hedgehog

@@ -1,0 +1,186 @@
+"""Mamba-2 (Dao and Gu 2024, arXiv 2405.21060): a state-space layer with one decay per head.
+
+    S_t = exp(A dt_t) S_{t-1} + B_t^T (dt_t x_t),   y_t = C_t S_t + D x_t,   dt_t = softplus(x_t W + dt_bias),   A = -exp(A_log)
+
+In terms of attention C is q, B is k and x is v. The fused `in_proj` of published checkpoints is `[z, x, B, C, dt]`, its
+convolution `[x, B, C]`; here each part has its own parameters.
+
+B batch, T new tokens, H heads, G groups (heads of B and C), P head dimension, N state dimension.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import initialization
+
+from zoo.architectures.core import mixer
+from zoo.architectures.core.cache import LayerCache
+from zoo.architectures.core.config import DecoderConfig
+from zoo.architectures.core.linear import (
+    RotatedKeys,
+    check_norm,
+    check_sizes,
+    check_width,
+    group_norm,
+    recur,
+    recurrent_bytes,
+)
+from zoo.architectures.core.mixer import Context, grouped, keep_fp32, wide
+from zoo.architectures.core.plan import AttentionSpec, Init, MixerPlan, Row
+from zoo.architectures.core.recurrent import ConvStates, check_rope, transferred_rows
+from zoo.errors import ZooError
+
+EXAMPLE = dict(heads=4, head_dim=16, state_dim=24, groups=2)
+PROJECTIONS = ("z", "x", "B", "C", "dt", "out")
+TARGETS = {"q_proj": "C_proj", "k_proj": "B_proj", "v_proj": "x_proj", "o_proj": "out_proj"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args(mixer.Args):
+    """The published layer is the default; conversion from attention uses the other options.
+
+    `groups` divides `heads`: heads of a group share B and C. `biases` names the projections with a bias (z, x, B, C, dt, out).
+    `conv` is the width of the short convolutions on x, B and C (0: none), followed by `conv_activation`.
+    `time_step_limit = (low, high)` clamps dt. The output norm works on `norm_groups` equal parts of all heads' channels.
+    `qk_norm` and `rope` act on C and B.
+    """
+
+    heads: int
+    head_dim: int
+    state_dim: int
+    groups: int = 1
+    conv: int = 4
+    conv_bias: bool = True
+    conv_activation: str | None = "silu"
+    time_step_limit: tuple[float, float] | None = None
+    norm: bool = True
+    norm_groups: int = 1
+    norm_eps: float = 1e-5
+    biases: tuple[str, ...] = ()
+    qk_norm: str | None = None
+    qk_norm_eps: float = 1e-6
+    rope: str | None = None
+
+    def check(self, config: DecoderConfig) -> None:
+        check_sizes(
+            heads=self.heads,
+            head_dim=self.head_dim,
+            state_dim=self.state_dim,
+            groups=self.groups,
+            norm_groups=self.norm_groups,
+        )
+        if self.heads % self.groups:
+            raise ZooError(f"heads was {self.heads}; it must be a multiple of groups ({self.groups})")
+        if self.heads * self.head_dim % self.norm_groups:
+            raise ZooError(f"norm_groups was {self.norm_groups}; it must divide {self.heads * self.head_dim} channels")
+        if unknown := sorted(set(self.biases) - set(PROJECTIONS)):
+            raise ZooError(f"biases names {unknown[0]!r}; the projections are {', '.join(PROJECTIONS)}")
+        if self.time_step_limit is not None and not 0 <= self.time_step_limit[0] < self.time_step_limit[1]:
+            raise ZooError(f"time_step_limit was {self.time_step_limit}; it must be (low, high) with 0 <= low < high")
+        check_width(self.conv, self.conv_activation)
+        check_norm("qk_norm", self.qk_norm)
+        check_rope(self.rope, config)
+
+
+class Mamba2(RotatedKeys):
+    Args = Args
+
+    def __init__(self, config: DecoderConfig, args: Args) -> None:
+        super().__init__()
+        self.args, self.heads, self.groups = args, args.heads, args.groups
+        inner, keys = args.heads * args.head_dim, args.groups * args.state_dim
+        widths = {"z": inner, "x": inner, "B": keys, "C": keys, "dt": args.heads}
+        for name, width in widths.items():
+            self.add_module(f"{name}_proj", nn.Linear(config.hidden_size, width, bias=name in args.biases))
+        self.out_proj = nn.Linear(inner, config.hidden_size, bias="out" in args.biases)
+        convolved = {"x": inner, "B": keys, "C": keys}
+        self.convs = ConvStates(convolved, args.conv, args.conv_activation, bias=args.conv_bias and args.conv > 0)
+        for name in ("A_log", "dt_bias", "D"):
+            self.register_parameter(name, keep_fp32(nn.Parameter(torch.ones(args.heads, dtype=torch.float32))))
+        if args.norm:
+            self.norm_weight = nn.Parameter(torch.ones(inner))
+        self.make_rotation(config, args, args.state_dim)
+
+    def init_weights(self, std: float) -> None:
+        """-A uniform in [1, 16], time steps log-uniform in [1e-3, 0.1], D one, as published."""
+        initialization.copy_(self.A_log, torch.empty(self.heads).uniform_(1, 16).log())
+        dt = torch.empty(self.heads).uniform_(math.log(1e-3), math.log(0.1)).exp()
+        initialization.copy_(self.dt_bias, dt + torch.log(-torch.expm1(-dt)))
+        initialization.ones_(self.D)
+        if self.args.norm:
+            initialization.ones_(self.norm_weight)
+
+    @classmethod
+    def from_attention(cls, spec: AttentionSpec, heads: tuple[int, ...] | None = None) -> MixerPlan:
+        count, d = spec.heads if heads is None else len(heads), spec.head_dim
+        present = {"z": True, "x": spec.v_bias, "B": spec.k_bias, "C": spec.q_bias, "out": spec.o_bias}
+        args = dict(heads=count, head_dim=d, state_dim=d, groups=count, norm_groups=count)
+        args |= dict(conv_bias=False, conv_activation=None, biases=[name for name, has in present.items() if has])
+        args |= dict(qk_norm=spec.qk_norm, qk_norm_eps=spec.norm_eps, rope=spec.rope)
+        rows = tuple(_renamed(row) for row in transferred_rows(spec, heads))
+        return MixerPlan(args=args, rows=rows, inits=_inits(spec, count))
+
+    def expanded_qkv(self, x: Tensor, ctx: Context) -> tuple[Tensor, Tensor, Tensor]:
+        C, B = (grouped(projection(x), self.groups) for projection in (self.C_proj, self.B_proj))
+        C, B = (part.repeat_interleave(self.heads // self.groups, dim=2) for part in self.rotated(C, B, ctx))
+        return C, B, grouped(self.x_proj(x), self.heads)
+
+    def forward(self, x: Tensor, ctx: Context, cache: LayerCache | None = None) -> Tensor:
+        """`x [B, T, D] -> [B, T, D]`."""
+        projections = (("x", self.x_proj), ("B", self.B_proj), ("C", self.C_proj))
+        u, B, C = (self.convs(name, ctx.mask(p(x)), ctx, cache) for name, p in projections)
+        C, B = self.rotated(grouped(C, self.groups), grouped(B, self.groups), ctx)
+        u, dt = grouped(u, self.heads), ctx.mask(self._time_steps(x))
+        v = (wide(u) * dt[..., None]).to(x.dtype)
+        y = recur(C, B, v, -wide(self.A_log).exp() * dt, ctx, cache, scale=1.0)
+        y = wide(y) + wide(self.D)[:, None] * wide(u)
+        return self.out_proj(self._gated(y.flatten(-2), self.z_proj(x)).to(x.dtype))
+
+    def _time_steps(self, x: Tensor) -> Tensor:
+        """dt `[B, T, H]` in fp32."""
+        dt = F.softplus(wide(self.dt_proj(x)) + wide(self.dt_bias))
+        return dt if self.args.time_step_limit is None else dt.clamp(*self.args.time_step_limit)
+
+    def _gated(self, y: Tensor, z: Tensor) -> Tensor:
+        """The gate, then the norm over each group, as published."""
+        y = y * F.silu(wide(z))
+        if not self.args.norm:
+            return y
+        weight = self.norm_weight.unflatten(-1, (self.args.norm_groups, -1))
+        return group_norm(y.unflatten(-1, weight.shape), weight, self.args.norm_eps).flatten(-2)
+
+    def state_bytes(self, length: int, itemsize: int = 2) -> int:
+        state = recurrent_bytes(self.heads, self.args.state_dim, self.args.head_dim)
+        return state + self.convs.state_bytes(itemsize)
+
+
+def _renamed(row: Row) -> Row:
+    name, _, rest = row.target.partition(".")
+    return replace(row, target=f"{TARGETS.get(name, name)}.{rest}")
+
+
+def _inits(spec: AttentionSpec, heads: int) -> tuple[Init, ...]:
+    """dt starts at one, so that `A` alone sets the decay: head h halves its state in 16 to `max_position` tokens."""
+    width, inner = spec.hidden_size, heads * spec.head_dim
+    half_lives = torch.logspace(math.log2(16), math.log2(spec.max_position), heads, base=2.0, dtype=torch.float64)
+    rates = (math.log(2) / half_lives).log().tolist()
+    one = math.log(math.expm1(1.0))  # softplus(one) = 1
+    return (
+        Init(target="dt_proj.weight", shape=(heads, width), kind="zeros"),
+        Init(target="dt_bias", shape=(heads,), kind="constant", options={"value": one}, fp32=True),
+        Init(target="A_log", shape=(heads,), kind="values", options={"values": rates}, fp32=True),
+        Init(target="D", shape=(heads,), kind="zeros", fp32=True),
+        *(Init(target=f"convs.{name}", shape=(inner, 4), kind="identity_conv") for name in ("x", "B", "C")),
+        Init(target="z_proj.weight", shape=(inner, width), kind="zeros"),
+        # silu(1.278) = 1: the gate starts open and constant, with a gradient
+        Init(target="z_proj.bias", shape=(inner,), kind="constant", options={"value": 1.27846}),
+        Init(target="norm_weight", shape=(inner,), kind="ones"),
+    )
+
+
+MODULE = Mamba2

@@ -1,0 +1,251 @@
+"""The command line. Each verb parses its options, calls one library function and prints what it returned.
+
+torch and transformers are imported inside the verbs, so that `zoo --help` is quick.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from zoo.errors import ZooError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+class OneLineErrors(TyperGroup):
+    """Bad input ends in one line on stderr and exit code 2; anything unexpected keeps its traceback."""
+
+    def invoke(self, ctx: typer.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (ZooError, FileNotFoundError, FileExistsError) as error:
+            fail(error, 2)
+        except KeyboardInterrupt:
+            fail("interrupted", 130)
+
+
+def fail(error: Exception | str, code: int) -> None:
+    message = error
+    if isinstance(error, OSError) and error.filename:
+        message = f"{error.filename}: {(error.strerror or 'failed').lower()}"
+    print("error:", " ".join(str(message).split()), file=sys.stderr)
+    raise typer.Exit(code)
+
+
+app = typer.Typer(
+    cls=OneLineErrors,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Efficient and hybrid language-model architectures: convert a checkpoint, heal it, evaluate it.",
+)
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def main() -> None:
+    """Entry point of the `zoo` command."""
+    app()
+
+
+@app.command("list")
+def list_(
+    kind: Annotated[str | None, typer.Argument(help="A registry; all of them when left out.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List what is registered."""
+    from zoo import registry
+
+    kinds = [kind] if kind else list(registry.KINDS)
+    found = {name: registry.names(name) for name in kinds}
+    if as_json:
+        show_json(found[kind] if kind else found)
+    elif kind:
+        print("\n".join(found[kind]))
+    else:
+        show_table(("kind", "names"), [(name, ", ".join(names)) for name, names in found.items()])
+
+
+@app.command()
+def info(name: Annotated[str, typer.Argument(metavar="NAME", help="A registered name, or KIND/NAME.")]) -> None:
+    """Describe what is registered under a name."""
+    quiet()
+    from zoo.commands.info import describe
+
+    print("\n\n".join(describe(name)))
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(help="Registered name, directory or hub id of a softmax checkpoint.")],
+    out: Annotated[Path, typer.Argument(help="Directory to write; it must not exist.")],
+    mixer: Annotated[str | None, typer.Option(help="Mixer for every layer that is not kept.")] = None,
+    layout: Annotated[str | None, typer.Option(help='Mixer per layer: "gated_delta_net*3,attention".')] = None,
+    keep: Annotated[str | None, typer.Option(help="Layers that keep their attention: 2,5,8,11.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and write nothing.")] = False,
+) -> None:
+    """Swap the attention layers of a checkpoint for other mixers."""
+    if (mixer is None) == (layout is None):
+        raise ZooError("convert needs one of --mixer M and --layout L; pass exactly one of them")
+    kept = integers("--keep", keep) or []
+    quiet()
+    from zoo.conversion.core.convert import convert as run
+
+    report = run(source, out, mixer=mixer, keep=kept, layout=layout, dry_run=dry_run)
+    if dry_run:
+        show_table(("target", "operation", "sources", "shape"), [plan_row(row) for row in report.plan.rows])
+        return
+    show_table(("check", "result"), [(name, short(check)) for name, check in report.checks.items()])
+    print(f"wrote {out}" if report.ok else f"verification failed; see {out / 'verification.json'}")
+    raise typer.Exit(0 if report.ok else 1)
+
+
+@app.command()
+def heal(
+    teacher: Annotated[str, typer.Argument(help="Registered name, directory or hub id of the source model.")],
+    student: Annotated[str, typer.Argument(help="Directory that `zoo convert` wrote.")],
+    out: Annotated[Path, typer.Argument(help="Directory to write; it must not exist unless --resume is given.")],
+    data: Annotated[
+        str, typer.Option(help="Text file, directory, .xz, `datasets` name, or self: text sampled from the teacher.")
+    ] = "self",
+    align_tokens: Annotated[int, typer.Option(help="Tokens of the align stage.")] = 10_000_000,
+    distill_tokens: Annotated[int, typer.Option(help="Tokens of the distill stage.")] = 50_000_000,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in OUT.")] = False,
+) -> None:
+    """Train a converted model against its teacher."""
+    quiet()
+    from zoo.conversion.core.heal import heal as run
+
+    report = run(
+        teacher,
+        student,
+        out,
+        data=data,
+        align_tokens=align_tokens,
+        distill_tokens=distill_tokens,
+        resume=resume,
+    )
+    print(f"wrote {out}: {short(report)}")
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Registered name, directory or hub id.")],
+    tasks: Annotated[str | None, typer.Option(help="Comma-separated evals; see `zoo list evals`.")] = None,
+    teacher: Annotated[str | None, typer.Option(help="Model to compare with (fidelity).")] = None,
+    data: Annotated[str | None, typer.Option(help="Text file (.txt, .md or .xz).")] = None,
+    lengths: Annotated[str | None, typer.Option(help="Lengths in tokens: 256,512.")] = None,
+    samples: Annotated[int | None, typer.Option(help="Samples per length, where an eval draws samples.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Directory for the results (JSON) and the page (HTML).")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Evaluate a model."""
+    quiet()
+    from zoo.commands.evaluate import run
+
+    names = [name.strip() for name in tasks.split(",")] if tasks else None
+    results = run(model, names, teacher, data, integers("--lengths", lengths), samples, out, progress=not as_json)
+    if as_json:
+        show_json({task: result.to_dict() for task, result in results.items()})
+        return
+    from zoo.evals.core.report import table
+
+    show(table([(model, results)]))
+    if out is not None:
+        print(f"wrote {out}")
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Argument(help="Registered name, directory or hub id.")],
+    prompt: Annotated[str, typer.Argument(help="Text to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the most likely token.")] = 0.8,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 0.95,
+    seed: int = 0,
+) -> None:
+    """Continue a prompt; the text is printed as it comes."""
+    quiet()
+    from zoo.commands.generate import stream
+
+    stream(model, prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
+
+
+@app.command()
+def card(
+    name: Annotated[str | None, typer.Argument(help="A card's name, or README; all of them when left out.")] = None,
+    check: Annotated[bool, typer.Option("--check", help="Write nothing; exit 1 when a table is stale.")] = False,
+) -> None:
+    """Rewrite the generated tables of the model cards and of the README."""
+    quiet()
+    from zoo import cards
+
+    stale = [target for target in ([name] if name else cards.targets()) if cards.refresh(target, write=not check)]
+    for target in stale:
+        print(f"{target}: {'stale' if check else 'rewritten'}")
+    raise typer.Exit(1 if check and stale else 0)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Directory to write; it must not exist.")] = Path("zoo-demo"),
+) -> None:
+    """Convert, heal and evaluate the bundled teacher; nothing is downloaded."""
+    quiet()
+    from zoo.demo import run
+
+    run(out)
+
+
+def quiet() -> None:
+    """Keep the progress bars and notices of transformers and datasets out of the output."""
+    from zoo.commands.quiet import silence
+
+    silence()
+
+
+def integers(option: str, text: str | None) -> list[int] | None:
+    if text is None:
+        return None
+    try:
+        return [int(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise ZooError(f"{option} was {text!r}; it must be integers with commas between them, like 2,5,8") from None
+
+
+def plan_row(row: Any) -> tuple[str, ...]:
+    return row.target, str(row.operation), ", ".join(row.sources), "x".join(map(str, row.shape))
+
+
+def short(value: Any) -> str:
+    """One line for a check or a report, whatever its form."""
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {short(item)}" for key, item in value.items())
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def show_json(value: Any) -> None:
+    print(json.dumps(value, indent=2))
+
+
+def show_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    from rich.table import Table
+
+    table = Table(*header)
+    for row in rows:
+        table.add_row(*row)
+    show(table)
+
+
+def show(table: Table) -> None:
+    from rich.console import Console
+
+    Console().print(table)

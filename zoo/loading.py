@@ -1,0 +1,44 @@
+"""Models, tokenizers and configs by name: what `zoo.from_pretrained`, `zoo.create` and their kin do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from zoo import registry
+from zoo.architectures.core.config import DecoderConfig
+from zoo.architectures.core.hub import resolve
+from zoo.architectures.core.load import from_pretrained, save, tokenizer
+from zoo.architectures.core.modeling import ZooConfig, ZooForCausalLM
+from zoo.errors import ZooError
+
+__all__ = ["config", "create", "from_pretrained", "resolve", "save", "tokenizer"]
+
+
+def config(architecture: str, preset: str = "tiny", **overrides: Any) -> ZooConfig:
+    """The config of a registered architecture.
+
+    Args:
+        architecture: its name, see `zoo.list("architectures")`.
+        preset: one of its sizes.
+        **overrides: arguments of its `layout` that replace the preset's.
+
+    Raises:
+        ZooError: an unknown architecture, preset or argument.
+    """
+    module = registry.load("architectures", architecture)
+    if preset not in module.PRESETS:
+        raise ZooError(f"architecture {architecture!r} has no preset {preset!r}; choose one of {', '.join(module.PRESETS)}")
+    return ZooConfig.from_decoder(_layout(module.layout, {**module.PRESETS[preset], **overrides}), architecture)
+
+
+def create(architecture: str, preset: str = "tiny", **overrides: Any) -> ZooForCausalLM:
+    """A model with random weights (`torch.manual_seed` decides them); the arguments are those of `config`."""
+    return ZooForCausalLM(config(architecture, preset, **overrides)).eval()
+
+
+def _layout(layout: Any, arguments: dict[str, Any]) -> DecoderConfig:
+    try:
+        decoder: DecoderConfig = layout(**arguments)
+    except TypeError as error:
+        raise ZooError(f"{str(error).replace('layout()', layout.__module__.rpartition('.')[2])}; see its layout()") from None
+    return decoder
