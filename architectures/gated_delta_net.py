@@ -33,12 +33,12 @@ def layout(
     tied: bool = True,
     max_position_embeddings: int = 2048,
 ) -> DecoderConfig:
-    """`depth` layers; with `attention_every = n`, each n-th layer is softmax attention (over `window` keys if given)."""
+    """`depth` layers; with `attention_every = n`, each n-th is softmax attention (over `window` keys if given)."""
     linear = dict(heads=heads, head_dim=head_dim, value_dim=int(head_dim * expand_v), conv=conv)
     attention_heads = attention_heads or max(1, hidden_size // 64)
     softmax_dim = hidden_size // attention_heads
     softmax = dict(heads=attention_heads, head_dim=softmax_dim, rope="default", window=window)
-    channel = dict(channel="swiglu", channel_args=dict(intermediate_size=intermediate_size))
+    channel: dict[str, Any] = dict(channel="swiglu", channel_args=dict(intermediate_size=intermediate_size))
 
     def layer(index: int) -> Layer:
         if attention_every and (index + 1) % attention_every == 0:

@@ -1,22 +1,24 @@
 """Model cards: prose by hand, tables between markers by command.
 
-A card is `model_cards/<name>.md`, in Hugging Face's card format. Between `<!-- presets -->` and `<!-- /presets -->` (or
-another block of `BLOCKS`) stands what a function here makes of the registries and of the results beside bundled weights.
+A card is `model_cards/<name>.md`, in Hugging Face's card format. Between `<!-- presets -->` and `<!-- /presets -->`, or
+another block of `BLOCKS`, stands what a function here makes of the registries and of the results kept beside weights.
 """
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import EvalResult, ModelCard
 
 from zoo import registry
 from zoo.errors import ZooError
+
+if TYPE_CHECKING:
+    from zoo.evals.core.result import Result, Row
 
 README = "README"
 LENGTHS = {"1k": 1024, "32k": 32768, "1M": 1048576}  # tokens
@@ -57,18 +59,14 @@ def render(name: str, text: str) -> str:
     return _with_model_index(text, name, results) if results else text
 
 
-def stored_results(name: str) -> dict[str, Any]:
+def stored_results(name: str) -> dict[str, Result]:
     """Results by task that are kept beside bundled weights; empty for a card that has none."""
-    if name not in registry.names("checkpoints"):
-        return {}
     path = _folder() / "checkpoints" / name / "results.json"
-    return metrics_by_task(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+    if name not in registry.names("checkpoints") or not path.exists():
+        return {}
+    from zoo.evals.core.result import read_results
 
-
-def metrics_by_task(data: Mapping[str, Any]) -> dict[str, Any]:
-    """The results of each task in a results file."""
-    found: dict[str, Any] = dict(data.get("results", data))
-    return {task: result for task, result in found.items() if isinstance(result, Mapping) and "metrics" in result}
+    return read_results(path)
 
 
 def preset_rows(name: str) -> list[tuple[str, ...]]:
@@ -100,9 +98,9 @@ def presets_table(name: str) -> str:
 def results_table(name: str) -> str:
     """Results kept beside the weights of a released checkpoint."""
     rows = [
-        (task, str(row["metric"]), _condition(row), f"{row['value']:.4g}", _error(row), str(row.get("n") or ""))
+        (task, row.metric, _condition(row), f"{row.value:.4g}", _error(row), "" if row.n is None else str(row.n))
         for task, result in stored_results(name).items()
-        for row in result["metrics"]
+        for row in result.rows
     ]
     return markdown(("eval", "metric", "at", "value", "standard error", "n"), rows) if rows else "No results yet."
 
@@ -131,35 +129,35 @@ def _summary(kind: str, name: str) -> str:
     return f"{text} ([card](model_cards/{name}.md))" if kind == "architectures" else text
 
 
-def _with_model_index(text: str, name: str, results: Mapping[str, Any]) -> str:
+def _with_model_index(text: str, name: str, results: Mapping[str, Result]) -> str:
     card = ModelCard(text, ignore_metadata_errors=False)
-    card.data.model_name = name
-    card.data.eval_results = [_eval_result(task, row) for task, result in results.items() for row in result["metrics"]]
-    front = card.data.to_yaml(line_break="\n").strip()
+    data: Any = card.data
+    data.model_name = name
+    data.eval_results = [_eval_result(task, row) for task, result in results.items() for row in result.rows]
+    front = data.to_yaml(line_break="\n").strip()
     body = re.sub(r"\A---\n.*?\n---\n", "", text, flags=re.DOTALL)
     return f"---\n{front}\n---\n{body}"
 
 
-def _eval_result(task: str, row: Mapping[str, Any]) -> EvalResult:
+def _eval_result(task: str, row: Row) -> EvalResult:
     condition = _condition(row)
     return EvalResult(
         task_type="text-generation",
         dataset_type=task,
         dataset_name=f"{task} ({condition})" if condition else task,
-        metric_type=row["metric"],
-        metric_value=round(float(row["value"]), 6),
+        dataset_config=condition or None,  # rows of one task stay apart by it
+        metric_type=row.metric,
+        metric_value=float(f"{row.value:.6g}"),
     )
 
 
-def _condition(row: Mapping[str, Any]) -> str:
-    """What tells a metric's row from the others: its length, position, ..."""
-    known = {"metric", "value", "n", "stderr", "ci95", "params"}
-    own = {**{k: v for k, v in row.items() if k not in known}, **(row.get("params") or {})}
-    return ", ".join(f"{key} {value}" for key, value in own.items() if value is not None)
+def _condition(row: Row) -> str:
+    """Where a number was taken: its length, position, ..."""
+    return ", ".join(f"{key} {value}" for key, value in row.at.items())
 
 
-def _error(row: Mapping[str, Any]) -> str:
-    return "" if row.get("stderr") is None else f"{row['stderr']:.2g}"
+def _error(row: Row) -> str:
+    return "" if row.stderr is None else f"{row.stderr:.2g}"
 
 
 def _fill(text: str, block: str, content: str, name: str) -> str:
@@ -169,7 +167,7 @@ def _fill(text: str, block: str, content: str, name: str) -> str:
     return pattern.sub(lambda _: f"<!-- {block} -->\n{content}\n<!-- /{block} -->", text, count=1)
 
 
-def markdown(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def markdown(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     """A table in Markdown."""
     lines = [header, ("---",) * len(header), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

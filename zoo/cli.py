@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class OneLineErrors(TyperGroup):
     """Bad input ends in one line on stderr and exit code 2; anything unexpected keeps its traceback."""
 
-    def invoke(self, ctx: typer.Context) -> Any:
+    def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except (ZooError, FileNotFoundError, FileExistsError) as error:
@@ -103,7 +103,7 @@ def convert(
     if dry_run:
         show_table(("target", "operation", "sources", "shape"), [plan_row(row) for row in report.plan.rows])
         return
-    show_table(("check", "result"), [(name, short(check)) for name, check in report.checks.items()])
+    show_table(("check", "passed", "details"), [check_row(name, check) for name, check in report.checks.items()])
     print(f"wrote {out}" if report.ok else f"verification failed; see {out / 'verification.json'}")
     raise typer.Exit(0 if report.ok else 1)
 
@@ -112,13 +112,13 @@ def convert(
 def heal(
     teacher: Annotated[str, typer.Argument(help="Registered name, directory or hub id of the source model.")],
     student: Annotated[str, typer.Argument(help="Directory that `zoo convert` wrote.")],
-    out: Annotated[Path, typer.Argument(help="Directory to write; it must not exist unless --resume is given.")],
+    out: Annotated[Path, typer.Argument(help="Directory to write; it must not exist.")],
     data: Annotated[
-        str, typer.Option(help="Text file, directory, .xz, `datasets` name, or self: text sampled from the teacher.")
+        str, typer.Option(help="Text file, .xz, directory, datasets:NAME, recall, or self: sampled from the teacher.")
     ] = "self",
-    align_tokens: Annotated[int, typer.Option(help="Tokens of the align stage.")] = 10_000_000,
-    distill_tokens: Annotated[int, typer.Option(help="Tokens of the distill stage.")] = 50_000_000,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in OUT.")] = False,
+    align_tokens: Annotated[int | None, typer.Option(help="Tokens of stage align; by default by the device.")] = None,
+    distill_tokens: Annotated[int | None, typer.Option(help="Tokens of stage distill; likewise.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from OUT.partial.")] = False,
 ) -> None:
     """Train a converted model against its teacher."""
     quiet()
@@ -133,7 +133,7 @@ def heal(
         distill_tokens=distill_tokens,
         resume=resume,
     )
-    print(f"wrote {out}: {short(report)}")
+    print(f"wrote {out}: {report}")
 
 
 @app.command("eval")
@@ -148,11 +148,12 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Evaluate a model."""
+    names = [name.strip() for name in tasks.split(",")] if tasks else None
+    sizes = integers("--lengths", lengths)
     quiet()
     from zoo.commands.evaluate import run
 
-    names = [name.strip() for name in tasks.split(",")] if tasks else None
-    results = run(model, names, teacher, data, integers("--lengths", lengths), samples, out, progress=not as_json)
+    results = run(model, names, out, teacher=teacher, data=data, lengths=sizes, samples=samples)
     if as_json:
         show_json({task: result.to_dict() for task, result in results.items()})
         return
@@ -207,7 +208,7 @@ def demo(
 
 def quiet() -> None:
     """Keep the progress bars and notices of transformers and datasets out of the output."""
-    from zoo.commands.quiet import silence
+    from zoo.terminal import silence
 
     silence()
 
@@ -225,10 +226,15 @@ def plan_row(row: Any) -> tuple[str, ...]:
     return row.target, str(row.operation), ", ".join(row.sources), "x".join(map(str, row.shape))
 
 
+def check_row(name: str, check: dict[str, Any]) -> tuple[str, ...]:
+    passed = {True: "yes", False: "no", None: "not run"}[check["passed"]]
+    return name, passed, short({key: item for key, item in check.items() if key != "passed" and item})
+
+
 def short(value: Any) -> str:
-    """One line for a check or a report, whatever its form."""
+    """One line for a check or a number; what is nested stays in the JSON file."""
     if isinstance(value, dict):
-        return ", ".join(f"{key} {short(item)}" for key, item in value.items())
+        return ", ".join(f"{key} {short(item)}" for key, item in value.items() if not isinstance(item, dict))
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
@@ -239,13 +245,15 @@ def show_json(value: Any) -> None:
 def show_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
     from rich.table import Table
 
-    table = Table(*header)
+    table = Table()
+    for name in header:
+        table.add_column(name, overflow="fold")
     for row in rows:
         table.add_row(*row)
     show(table)
 
 
 def show(table: Table) -> None:
-    from rich.console import Console
+    from zoo.terminal import console
 
-    Console().print(table)
+    console().print(table)

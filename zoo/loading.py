@@ -27,7 +27,9 @@ def config(architecture: str, preset: str = "tiny", **overrides: Any) -> ZooConf
     """
     module = registry.load("architectures", architecture)
     if preset not in module.PRESETS:
-        raise ZooError(f"architecture {architecture!r} has no preset {preset!r}; choose one of {', '.join(module.PRESETS)}")
+        raise ZooError(
+            f"architecture {architecture!r} has no preset {preset!r}; choose one of {', '.join(module.PRESETS)}"
+        )
     return ZooConfig.from_decoder(_layout(module.layout, {**module.PRESETS[preset], **overrides}), architecture)
 
 
@@ -40,5 +42,7 @@ def _layout(layout: Any, arguments: dict[str, Any]) -> DecoderConfig:
     try:
         decoder: DecoderConfig = layout(**arguments)
     except TypeError as error:
-        raise ZooError(f"{str(error).replace('layout()', layout.__module__.rpartition('.')[2])}; see its layout()") from None
+        raise ZooError(
+            f"{str(error).replace('layout()', layout.__module__.rpartition('.')[2])}; see its layout()"
+        ) from None
     return decoder

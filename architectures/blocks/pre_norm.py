@@ -1,4 +1,7 @@
-"""Pre-norm residual block (Xiong et al. 2020, arXiv 2002.04745): `x + s mixer(norm(x))`, then `x + s channel(norm(x))`."""
+"""Pre-norm residual block (Xiong et al. 2020, arXiv 2002.04745).
+
+`x + s mixer(norm(x))`, then `x + s channel(norm(x))`.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ class Args(mixer.Args):
 
 
 class PreNorm(Block):
-    Args = Args
+    options = Args
 
     def build(self, config: DecoderConfig, args: Args) -> None:  # type: ignore[override]
         self.residual_scale = args.residual_scale

@@ -12,6 +12,8 @@ from zoo.architectures.core.config import DecoderConfig
 from zoo.architectures.core.mixer import Context, Part
 from zoo.errors import ZooError
 
+EXAMPLE = {"intermediate_size": 96}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Args(mixer.Args):
@@ -24,7 +26,7 @@ class Args(mixer.Args):
 
 
 class SwiGLU(Part):
-    Args = Args
+    options = Args
 
     def __init__(self, config: DecoderConfig, args: Args) -> None:
         super().__init__()

@@ -24,7 +24,7 @@ class Block(GradientCheckpointingLayer):
     A subclass makes its norms in `build` and defines `wire`; `mix` and `transform` run the two parts.
     """
 
-    Args: ClassVar[type[Args]] = Args
+    options: ClassVar[type[Args]] = Args
     mixer: Mixer | None
     channel: Part | None
 
@@ -38,7 +38,7 @@ class Block(GradientCheckpointingLayer):
     def parse(cls, args: object) -> Args:
         from zoo.architectures.core.config import build
 
-        return build(cls.Args, args)  # type: ignore[arg-type]
+        return build(cls.options, args)  # type: ignore[arg-type]
 
     @staticmethod
     def _part(kind: str, name: str | None, args: object, config: DecoderConfig):  # type: ignore[no-untyped-def]

@@ -44,8 +44,8 @@ class _Snapshot:
 class LayerCache(CacheLayerMixin):
     """The cache of one layer.
 
-    A mixer reads a state with `state(...)` (created on first use) and writes it with `put`; keys and values grow through
-    `append`. With `max_cache_len` set the cache is static: buffers are allocated once and written in place.
+    A mixer reads a state with `state(...)` (created on first use) and writes it with `put`; keys and values grow
+    through `append`. With `max_cache_len` set the cache is static: buffers are allocated once and written in place.
     """
 
     is_compileable = True
@@ -97,7 +97,7 @@ class LayerCache(CacheLayerMixin):
             self._states[name].tensor = value
 
     def append(self, name: str, new: Tensor, fill: float = 0) -> Tensor:
-        """Grow `name [B, S, ...]` by `new [B, T, ...]` and return all of it (a static cache returns its whole buffer)."""
+        """Grow `name [B, S, ...]` by `new [B, T, ...]` and return all of it (when static: the whole buffer)."""
         if not self.static:
             old = self.get(name)
             self.put(name, new if old is None else torch.cat([old, new], dim=1), "kv")

@@ -70,7 +70,8 @@ class Checkpoint:
         """That of the config, else that of the first floating-point tensor, as in transformers."""
         named = self.config.get("dtype") or self.config.get("torch_dtype")
         if isinstance(named, str) and isinstance(getattr(torch, named, None), torch.dtype):
-            return getattr(torch, named)  # type: ignore[no-any-return]
+            dtype: torch.dtype = getattr(torch, named)
+            return dtype
         return next((info.dtype for info in self.tensors.values() if info.dtype.is_floating_point), torch.float32)
 
     def get(self, name: str) -> Tensor:
@@ -97,11 +98,11 @@ class Checkpoint:
                 if name in seen:
                     raise ZooError(f"tensor {name!r} is in both {seen[name]} and {file}; delete the stale shard")
                 if index is not None and index.get(name) != file.name:
-                    raise ZooError(f"{file} holds {name!r}, which the index places in {index.get(name)}; rewrite the index")
+                    raise ZooError(f"{file} holds {name!r}, which the index puts in {index.get(name)}; rewrite it")
                 seen[name] = file
                 yield name, info
         if index is not None and (lost := sorted(set(index) - set(seen))):
-            raise ZooError(f"{self.path / index[lost[0]]} lacks {lost[0]!r}, which the index places in it; download it again")
+            raise ZooError(f"{self.path / index[lost[0]]} lacks {lost[0]!r}, which the index puts in it; download it")
 
     def _files(self) -> tuple[dict[str, str] | None, list[Path]]:
         for name in (*SAFE_FILES, *PICKLED_FILES):

@@ -44,7 +44,7 @@ class Embed:
 
 @dataclass(frozen=True, kw_only=True)
 class Head:
-    """Output head: final `norm`, logits multiplied by `scale`, soft-capped at `softcap`, weights `tied` to the embedding."""
+    """Output head: final `norm`, logits times `scale`, soft-capped at `softcap`, weights `tied` to the embedding."""
 
     norm: bool = True
     scale: float = 1.0

@@ -5,9 +5,10 @@ B batch, T new tokens, S all tokens so far, D hidden size.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -73,7 +74,7 @@ class Decoder:
         ctx = self._context(shape, device, cache, batch, eager)
         x = self.embed(ids, embeds, ctx.positions)
         values: dict[str, Tensor] = {}
-        for index, block in enumerate(self.layers):
+        for index, block in enumerate(cast(Iterable[Block], self.layers)):
             layer_cache = None if cache is None else cache.layers[index]
             reads = {name: values[name] for name in _reads(block)}
             if layer_cache is not None and layer_cache.record_past:
@@ -110,7 +111,7 @@ class Decoder:
 
     def state_bytes(self, length: int, itemsize: int = 2) -> int:
         """Bytes of cache for one sequence of `length` tokens, all layers."""
-        return sum(layer.state_bytes(length, itemsize) for layer in self.layers)  # type: ignore[operator,misc]
+        return sum(cast(Block, layer).state_bytes(length, itemsize) for layer in self.layers)
 
 
 def _reads(block: Block) -> tuple[str, ...]:

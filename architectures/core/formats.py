@@ -2,13 +2,14 @@
 
 The owner of a format is an architecture or a source module. It exports
 `matches(config: dict) -> bool`, `decoder(config: dict) -> DecoderConfig`, `ARCHITECTURE` (the name of ours that it
-reads as), `RULES` or `rules(config: dict)`, and `published(decoder, config: dict) -> dict`, the published `config.json`.
+reads as), `RULES` or `rules(config: dict)`, and, for saving back, `published(decoder, config: dict) -> dict`, the
+published `config.json`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
@@ -20,6 +21,7 @@ from torch import Tensor
 from zoo import registry
 from zoo.architectures.core.checkpoint import Checkpoint
 from zoo.architectures.core.config import DecoderConfig
+from zoo.architectures.core.hub import one_line
 from zoo.architectures.core.operations import Operation
 from zoo.architectures.core.rules import Rule, Step, duplicates, steps
 from zoo.errors import ZooError
@@ -45,7 +47,8 @@ def owner(config: Mapping[str, Any]) -> ModuleType:
     if found:
         names = ", ".join(module.__name__.rpartition(".")[2] for module in found)
         raise ZooError(f"model_type {kind!r} is claimed by {names}; a format must have one owner")
-    raise ZooError(f"model_type {kind!r} is not supported; supported are: {', '.join(['zoo', *registry.names('sources')])}")
+    supported = ", ".join(["zoo", *registry.names("sources")])
+    raise ZooError(f"model_type {kind!r} is not supported; supported are: {supported}")
 
 
 def rules_of(module: ModuleType, config: Mapping[str, Any]) -> Sequence[Rule]:
@@ -72,7 +75,7 @@ class Canonical:
 
     @cached_property
     def decoder(self) -> DecoderConfig:
-        return self.config.decoder
+        return self.config.decoder_config
 
     @property
     def dtype(self) -> torch.dtype:
@@ -132,7 +135,7 @@ def check_tensors(config: ZooConfig, shapes: Mapping[str, tuple[int, ...]], wher
     expected = {name: tuple(tensor.shape) for name, tensor in expected_tensors(config).items()}
     for found, what in ((set(expected) - set(shapes), "is missing"), (set(shapes) - set(expected), "is unexpected")):
         if found:
-            raise ZooError(f"{where}: tensor {min(found)!r} {what} ({len(found)} such); the weights do not fit the config")
+            raise ZooError(f"{where}: tensor {min(found)!r} {what} ({len(found)} such); weights and config differ")
     for name, shape in expected.items():
         if shapes[name] != shape:
             raise ZooError(f"{where}: tensor {name!r} has shape {shapes[name]}; the config asks for {shape}")
@@ -143,15 +146,41 @@ def _ours(checkpoint: Checkpoint) -> Canonical:
 
     try:
         config = ZooConfig.from_dict(dict(checkpoint.config))
-    except (TypeError, KeyError, AttributeError) as error:
-        raise ZooError(f"config {checkpoint.path / 'config.json'} is corrupt ({error}); download it again") from None
+        _ = config.decoder_config
+    except ZooError as error:
+        raise ZooError(f"{checkpoint.path}: {error}") from None
+    except (TypeError, KeyError, AttributeError, ValueError) as error:
+        raise ZooError(
+            f"config {checkpoint.path / 'config.json'} is corrupt ({one_line(error)}); download it again"
+        ) from None
     copy = (Operation("copy"),)
     made = {name: Step(name, (name,), copy, info.shape, info.dtype) for name, info in checkpoint.tensors.items()}
     check_tensors(config, {name: step.shape for name, step in made.items()}, checkpoint.path)
     return Canonical(checkpoint, config, "zoo", made)
 
 
+def equivalent(first: DecoderConfig, second: DecoderConfig) -> bool:
+    """Whether two decoders compute the same, though one may spell out defaults that the other leaves out."""
+    return _spelled(first) == _spelled(second)
+
+
+def _spelled(decoder: DecoderConfig) -> tuple[Any, ...]:
+    def parsed(kind: str, name: str | None, args: Mapping[str, Any]) -> Any:
+        return None if name is None else (name, registry.get(kind, name, "MODULE").parse(args))
+
+    layers = [
+        (
+            parsed("mixers", layer.mixer, layer.mixer_args),
+            parsed("channels", layer.channel, layer.channel_args),
+            parsed("blocks", layer.block, layer.block_args),
+            dict(layer.share),
+        )
+        for layer in decoder.layers
+    ]
+    return replace(decoder, layers=()), layers
+
+
 def _check_duplicates(checkpoint: Checkpoint, rules: Sequence[Rule]) -> None:
     for name, original in duplicates(rules, checkpoint.tensors):
         if original in checkpoint.tensors and not torch.equal(checkpoint.get(name), checkpoint.get(original)):
-            raise ZooError(f"{checkpoint.path}: {name!r} differs from {original!r}, to which the config ties it; untie them")
+            raise ZooError(f"{checkpoint.path}: {name!r} differs from {original!r}, to which it is tied; untie them")

@@ -29,7 +29,8 @@ def resolve(
     """The directory of a checkpoint.
 
     Args:
-        name: released weights of the zoo; `./name` or any existing directory; else a hub id `owner/name`.
+        name: released weights of the zoo; a directory (`./name` or a `Path`, where the zoo has that name too); else a
+            hub id `owner/name`.
         revision, token, cache_dir, local_files_only: as in huggingface_hub, for hub ids.
         subfolder: the checkpoint's folder inside.
 
@@ -37,15 +38,17 @@ def resolve(
         ZooError: nothing of that name, an architecture without weights, or a failed download.
     """
     text = str(name)
-    if text in registry.names("checkpoints"):
+    if text in registry.names("checkpoints") and not isinstance(name, Path):
         return _inside(Path(str(files("zoo").joinpath("model_cards", "checkpoints", text))), subfolder)
+    if text in registry.names("architectures") and not isinstance(name, Path):
+        raise ZooError(
+            f"architecture {text!r} has no weights; zoo.create({text!r}) makes random ones, ./{text} is a directory"
+        )
     path = Path(name).expanduser()
     if path.is_dir():
         return _inside(path, subfolder)
     if path.is_file():
         raise ZooError(f"{text} is a file; give the checkpoint directory that holds it")
-    if text in registry.names("architectures"):
-        raise ZooError(f"architecture {text!r} has no weights; zoo.create({text!r}) makes random ones")
     if isinstance(name, Path) or not HUB_ID.fullmatch(text):
         raise _nothing(text)
     where = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
@@ -81,8 +84,14 @@ def _download(name: str, subfolder: str, where: dict[str, Any]) -> Path:
 def _snapshot(name: str, patterns: tuple[str, ...], subfolder: str, where: dict[str, Any]) -> Path:
     import httpx
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     prefix = f"{subfolder}/" if subfolder else ""
     allow = [f"{prefix}{pattern}" for pattern in patterns]

@@ -5,6 +5,7 @@ B batch, T new tokens, H key heads, Hv value heads, K key and V value head dimen
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 import torch
@@ -31,8 +32,8 @@ def recur(
     normalize: Literal["sum"] | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """`linear_attention` of `q, k [B, T, H, K]` and `v [B, T, Hv, V]`, continued from and kept in the cache's `state`."""
-    args: dict[str, Any] = dict(normalize=normalize, scale=scale)
+    """`linear_attention` of `q, k [B, T, H, K]` and `v [B, T, Hv, V]`; the cache's `state` is continued and kept."""
+    args: dict[str, Any] = {"normalize": normalize, "scale": scale}
     if cache is None:
         return linear_attention(q, k, v, decay, cu_seqlens=ctx.cu_seqlens, **args)[0]
     shape = (q.shape[0], v.shape[2], q.shape[3], v.shape[3] + (normalize == "sum"))
@@ -48,6 +49,12 @@ def recur(
 def recurrent_bytes(heads: int, keys: int, values: int) -> int:
     """Bytes of a state `[heads, keys, values]` in fp32."""
     return heads * keys * values * torch.float32.itemsize
+
+
+def decay_rates(heads: int, max_position: int) -> Tensor:
+    """Rates, fp64: head h halves its state in 16 to `max_position` tokens, spread evenly in the logarithm."""
+    half_lives = torch.logspace(math.log2(16), math.log2(max_position), heads, base=2.0, dtype=torch.float64)
+    return math.log(2) / half_lives
 
 
 def group_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,29 +13,27 @@ from torch import Tensor
 from zoo import registry
 from zoo.architectures.core import formats
 from zoo.architectures.core.hub import TOKENIZER_FILES, one_line, resolve
-from zoo.architectures.core.rules import Step, inverse, steps
+from zoo.architectures.core.rules import inverse, steps
 from zoo.architectures.core.shards import Spec, atomic_directory, write_json, write_tensors
 from zoo.errors import ZooError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from zoo.architectures.core.modeling import ZooForCausalLM
+    from zoo.architectures.core.modeling import ZooConfig, ZooForCausalLM
 
 HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
 
 
 class Deferred:
-    """A tensor that is made when transformers slices it, so that loading streams: one tensor in memory at a time."""
+    """A tensor that is made when transformers slices it, so that loading streams: few tensors in memory at a time."""
 
-    def __init__(self, canonical: formats.Canonical, step: Step) -> None:
-        self._canonical, self._step = canonical, step
-        self.shape, self.dtype = torch.Size(step.shape), step.dtype
+    def __init__(self, make: Callable[[], Tensor], shape: Sequence[int], dtype: torch.dtype) -> None:
+        self._make, self.shape, self.dtype = make, torch.Size(shape), dtype
 
     def __getitem__(self, index: Any) -> Tensor:
-        made = self._step.run(self._canonical.checkpoint.get)
         # a copy of the mapped file: a later change of the file must not reach the model
-        return made.clone()[index]
+        return self._make().clone()[index]
 
     def is_floating_point(self) -> bool:
         return self.dtype.is_floating_point
@@ -57,7 +56,8 @@ def from_pretrained(name_or_path: str | Path, **kwargs: Any) -> ZooForCausalLM:
     model, info = _load(canonical, path, kwargs)
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
         if info.get(what):
-            raise ZooError(f"{path}: {what.replace('_', ' ')}: {sorted(map(str, info[what]))[0]}; the weights do not fit")
+            first = min(map(str, info[what]))
+            raise ZooError(f"{path}: {what.replace('_', ' ')}: {first}; the weights do not fit the config")
     model.config._name_or_path = str(name_or_path)
     return model
 
@@ -67,18 +67,24 @@ def from_canonical(canonical: formats.Canonical, dtype: torch.dtype | None = Non
     return _load(canonical, canonical.checkpoint.path, {"dtype": dtype or canonical.dtype})[0]
 
 
-def _load(canonical: formats.Canonical, path: Path, kwargs: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+def assemble(config: ZooConfig, state: Mapping[str, Deferred], **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+    """The model of `config` with the weights `state`, and transformers' loading report."""
     from zoo.architectures.core import modeling
 
-    masked = "ZooForMaskedLM" in (canonical.checkpoint.config.get("architectures") or ())
-    cls = modeling.ZooForMaskedLM if masked else modeling.ZooForCausalLM
-    state = {name: Deferred(canonical, step) for name, step in canonical.steps.items()}
-    arguments = {"dtype": canonical.dtype, **kwargs, "output_loading_info": True}
-    if arguments.get("torch_dtype") is not None:
-        arguments["dtype"] = arguments.pop("torch_dtype")
-    if arguments["dtype"] in (None, "auto"):
-        arguments["dtype"] = canonical.dtype
-    model, info = cls.from_pretrained(None, config=canonical.config, state_dict=state, **arguments)
+    cls = modeling.ZooForMaskedLM if getattr(config, "bidirectional", False) else modeling.ZooForCausalLM
+    model, info = cls.from_pretrained(None, config=config, state_dict=dict(state), output_loading_info=True, **kwargs)
+    return model, info
+
+
+def _load(canonical: formats.Canonical, path: Path, kwargs: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    arguments = dict(kwargs)
+    dtype = arguments.pop("torch_dtype", None) or arguments.pop("dtype", None)
+    arguments["dtype"] = canonical.dtype if dtype in (None, "auto") else dtype
+    state = {
+        name: Deferred(partial(step.run, canonical.checkpoint.get), step.shape, step.dtype)
+        for name, step in canonical.steps.items()
+    }
+    model, info = assemble(canonical.config, state, **arguments)
     _set_generation_config(model, path)
     return model, info
 
@@ -172,10 +178,10 @@ def _publisher(model: ZooForCausalLM, format: str, carried: dict[str, Any]) -> t
     for name in names:
         module = registry.load("sources", name)
         try:
-            return module, module.published(model.config.decoder, carried)
+            return module, module.published(model.config.decoder_config, carried)
         except ZooError as error:
             refused.append(f"{name}: {error}")
-    raise ZooError(f"no published format can express this model ({refused[0]}); save it with format='zoo'")
+    raise ZooError(f"no published format can express this model ({'; '.join(refused)})")
 
 
 def _dtype_name(model: ZooForCausalLM) -> str:

@@ -92,7 +92,7 @@ class Part(nn.Module):
     A file in `mixers/` or `channels/` exports its class as `MODULE`.
     """
 
-    Args: ClassVar[type[Args]] = Args
+    options: ClassVar[type[Args]] = Args
     reads: ClassVar[tuple[str, ...]] = ()
     writes: ClassVar[tuple[str, ...]] = ()
     packed: ClassVar[bool] = True  # honours cu_seqlens
@@ -102,7 +102,7 @@ class Part(nn.Module):
     @classmethod
     def parse(cls, args: Mapping[str, Any]) -> Any:
         """Typed arguments from a mapping; an unknown or missing one raises `ZooError`."""
-        return build(cls.Args, args)
+        return build(cls.options, args)
 
     def forward(self, x: Tensor, ctx: Context, cache: LayerCache | None = None) -> Output:
         raise TypeError(f"{type(self).__name__} must define forward")
@@ -119,6 +119,7 @@ class Mixer(Part):
     """A token mixer. `from_attention` is defined where softmax attention can be turned into it."""
 
     layer_type: ClassVar[str] = "zoo_recurrent"  # transformers' word for it, in `config.layer_types`
+    by_head: ClassVar[bool] = True  # `from_attention` can take some heads of a layer
 
     @classmethod
     def layer_type_of(cls, args: Mapping[str, Any]) -> str:

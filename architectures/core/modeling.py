@@ -11,8 +11,16 @@ from typing import Any
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, GenerationMixin
-from transformers import PreTrainedConfig, PreTrainedModel, initialization
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+    initialization,
+)
 from transformers.cache_utils import Cache
 from transformers.masking_utils import LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING, create_recurrent_attention_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast, MaskedLMOutput
@@ -26,6 +34,7 @@ from zoo.architectures.core.config import DecoderConfig
 from zoo.architectures.core.decoder import Batch, Decoder, prepare_cache
 from zoo.architectures.core.mixer import Part, Phase
 from zoo.architectures.core.norms import OnePlusRMSNorm
+from zoo.architectures.core.recurrent import ConvStates
 from zoo.architectures.core.rope import RotaryTable
 from zoo.errors import ZooError
 
@@ -124,16 +133,19 @@ class ZooPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, OnePlusRMSNorm):
             initialization.zeros_(module.weight)
-        elif isinstance(module, RotaryTable):
+        elif isinstance(module, (RotaryTable, ConvStates)):
             module.reset()
         elif isinstance(module, Part):
             module.init_weights(self.config.initializer_range)
         else:
             super()._init_weights(module)
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
+    ) -> None:
         """As in transformers, with the non-reentrant form by default (values pass between layers)."""
-        super().gradient_checkpointing_enable({"use_reentrant": False, **(gradient_checkpointing_kwargs or {})})
+        kwargs = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
+        super().gradient_checkpointing_enable(kwargs, **options)
 
     @staticmethod
     def create_masks_for_generate(attention_mask: Tensor | None = None, **_: Any) -> Tensor | None:

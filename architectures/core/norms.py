@@ -44,8 +44,8 @@ class L2Norm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = wide(x)
-        return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + self.eps)).to(x.dtype)
+        y = wide(x)
+        return (y * torch.rsqrt(y.square().sum(-1, keepdim=True) + self.eps)).to(x.dtype)
 
 
 def make_norm(norm: Norm, dim: int) -> nn.Module:

@@ -78,7 +78,7 @@ def transpose(tensors: Sequence[Tensor], *, dims: Sequence[int]) -> Tensor:
 
 
 def pair(tensors: Sequence[Tensor], *, head_dim: int, to: str) -> Tensor:
-    """Reorder the rows of each head between rotary pairings: `half` pairs rows i and i + d/2, `interleaved` 2i and 2i + 1."""
+    """Rows of each head reordered to a rotary pairing: `half` pairs i with i + d/2, `interleaved` 2i with 2i + 1."""
     shape = (-1, head_dim // 2, 2) if to == "half" else (-1, 2, head_dim // 2)
     return copy(tensors).unflatten(0, shape).transpose(1, 2).flatten(0, 2)
 

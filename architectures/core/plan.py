@@ -43,8 +43,8 @@ class AttentionSpec:
 class Row:
     """One transferred tensor: `source` (a name inside the attention mixer) through `operation` to `target`.
 
-    Operations: `copy`; `expand_heads(group, head_dim)`: `[Hkv * d, ...] -> [Hkv * group * d, ...]`, head h from KV head h // group;
-    `select_heads(heads, head_dim, dim)`: the given heads' rows (dim 0) or columns (dim 1).
+    Operations: `copy`; `expand_heads(group, head_dim)`: `[Hkv * d, ...] -> [Hkv * group * d, ...]`, head h from KV head
+    h // group; `select_heads(heads, head_dim, dim)`: the given heads' rows (dim 0) or columns (dim 1).
     """
 
     source: str
@@ -57,9 +57,9 @@ class Row:
 class Init:
     """One new tensor: `target` of `shape`, started by `kind`.
 
-    Kinds: `zeros`, `ones`, `constant(value)`, `normal(std)`, `identity_conv` (1 at the last tap), `log_uniform(low, high)`,
-    `linspace(low, high)` over the flattened tensor, `values(values)`. Random kinds are seeded by the tensor's full name.
-    `fp32` keeps it in fp32 whatever the source's dtype.
+    Kinds: `zeros`, `ones`, `constant(value)`, `normal(std)`, `identity_conv` (1 at the last tap),
+    `log_uniform(low, high)`, `linspace(low, high)` over the flattened tensor, `values(values)`. Random kinds are seeded
+    by the tensor's full name. `fp32` keeps it in fp32 whatever the source's dtype.
     """
 
     target: str

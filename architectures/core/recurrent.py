@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -46,7 +47,8 @@ class ConvStates(nn.Module):
 
     def __init__(self, channels: Mapping[str, int], width: int, activation: str | None, bias: bool = False) -> None:
         super().__init__()
-        self.width, self.activation, self.channels = width, activation, dict(channels)
+        self.width, self.channels = width, dict(channels)
+        self.activation = cast(Literal["silu"] | None, activation)
         for name, count in channels.items() if width else ():
             self.register_parameter(name, nn.Parameter(torch.empty(count, width)))
             if bias:
@@ -70,9 +72,7 @@ class ConvStates(nn.Module):
             return short_conv(x, weight, bias, activation=self.activation, cu_seqlens=ctx.cu_seqlens)[0]
         key = f"conv_{name}"
         state = cache.state(key, (x.shape[0], x.shape[2], self.width), x.dtype, "conv", x.device)
-        y, new = short_conv(
-            x, weight, bias, activation=self.activation, initial_state=state, output_final_state=True
-        )
+        y, new = short_conv(x, weight, bias, activation=self.activation, initial_state=state, output_final_state=True)
         assert new is not None
         cache.put(key, new.to(x.dtype), "conv")
         return y
@@ -85,15 +85,13 @@ class ConvStates(nn.Module):
 def transferred_rows(spec: AttentionSpec, heads: tuple[int, ...] | None = None) -> tuple[Row, ...]:
     """q, k, v, o (and q/k norms) of attention for a mixer whose every head has its own keys and values.
 
-    Query head h reads KV head `h // group`, so keys and values are repeated head by head; with `heads`, only those are taken.
+    Query head h reads KV head `h // group`, so keys and values are repeated head by head; with `heads`, only those
+    are taken.
     """
+    _check_transfer(spec)
     rows = []
-    expand = {"group": spec.group, "head_dim": spec.head_dim}
     for name, present in (("q_proj", spec.q_bias), ("k_proj", spec.k_bias), ("v_proj", spec.v_bias)):
-        operation, options = ("copy", {}) if name == "q_proj" else ("expand_heads", expand)
-        if heads is not None:
-            options = {**expand, "group": 1 if name == "q_proj" else spec.group, "heads": list(heads)}
-            operation = "expand_heads"
+        operation, options = _by_head(spec, name, heads)
         for part in ("weight", "bias") if present else ("weight",):
             rows.append(Row(source=f"{name}.{part}", target=f"{name}.{part}", operation=operation, options=options))
     if heads is None:
@@ -106,3 +104,17 @@ def transferred_rows(spec: AttentionSpec, heads: tuple[int, ...] | None = None) 
     if spec.qk_norm not in (None, "l2"):
         rows += [Row(source=f"{n}.weight", target=f"{n}.weight") for n in ("q_norm", "k_norm")]
     return tuple(rows)
+
+
+def _by_head(spec: AttentionSpec, name: str, heads: tuple[int, ...] | None) -> tuple[str, dict[str, Any]]:
+    if heads is not None:
+        chosen = heads if name == "q_proj" else [h // spec.group for h in heads]
+        return "select_heads", {"heads": list(chosen), "head_dim": spec.head_dim}
+    return ("copy", {}) if name == "q_proj" else ("expand_heads", {"group": spec.group, "head_dim": spec.head_dim})
+
+
+def _check_transfer(spec: AttentionSpec) -> None:
+    """Refuse attention whose queries or keys are made in a way that no recurrent mixer repeats."""
+    for name in ("qk_norm_full", "qk_norm_after_rope", "output_gate", "temperature"):
+        if spec.args.get(name):
+            raise ZooError(f"the source's attention uses {name}, which other mixers cannot take over; keep its layers")

@@ -27,8 +27,9 @@ class RotaryTable(nn.Module):
         if kind not in STATIC_TYPES:
             raise ZooError(f"rope_type {kind!r} is not supported; it must be one of {', '.join(STATIC_TYPES)}")
         self.rope, self.max_position = rope, max_position
-        inv_freq, self.attention_scaling = self._frequencies()
-        self.register_buffer("inv_freq", inv_freq, persistent=False)
+        with torch.device("cpu"):  # scaled frequencies need values, also where modules are made on the meta device
+            inv_freq, self.attention_scaling = self._frequencies()
+        self.register_buffer("inv_freq", inv_freq.to(torch.empty(0).device), persistent=False)
 
     def _frequencies(self) -> tuple[Tensor, float]:
         rope, kind = self.rope, self.rope.scaling.get("rope_type", "default")
@@ -36,7 +37,8 @@ class RotaryTable(nn.Module):
             exponents = torch.arange(0, rope.dim, 2, dtype=torch.int64).float() / rope.dim
             return 1.0 / (rope.theta**exponents), 1.0
         parameters = {**rope.scaling, "rope_theta": rope.theta}
-        config = PreTrainedConfig(head_dim=rope.dim, max_position_embeddings=self.max_position)
+        sizes = dict(head_dim=rope.dim, hidden_size=rope.dim, num_attention_heads=1)
+        config = PreTrainedConfig(max_position_embeddings=self.max_position, **sizes)
         config.rope_parameters = parameters
         inv_freq, scaling = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
         return inv_freq, float(scaling)

@@ -54,7 +54,8 @@ class Step:
 
     def then(self, target: str, operation: Operation) -> Step:
         """This step, followed by one more operation, under another name."""
-        chain = self.operations if operation.name == "copy" else (*self.operations, operation)
+        before = () if self.copied else self.operations
+        chain = self.operations if operation.name == "copy" else (*before, operation)
         made = operation([torch.empty(self.shape, dtype=self.dtype, device="meta")])
         return Step(target, self.sources, chain, tuple(made.shape), made.dtype)
 

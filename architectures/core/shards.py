@@ -138,7 +138,8 @@ def _write_shard(file: Path, specs: Mapping[str, Spec], get: Callable[[str], Ten
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """The bytes of a tensor in row-major order; no copy for a contiguous CPU tensor."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+    data: Any = flat.view(torch.uint8).numpy()
+    return memoryview(data) if flat.numel() else memoryview(b"")
 
 
 def write_json(file: Path, data: Any) -> None:

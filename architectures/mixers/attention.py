@@ -11,26 +11,35 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import initialization
 
 from zoo.architectures.core import mixer
 from zoo.architectures.core.cache import UNSEEN, LayerCache
 from zoo.architectures.core.config import DecoderConfig, Norm
-from zoo.architectures.core.mixer import Context, Mixer, grouped, repeat_heads
+from zoo.architectures.core.mixer import Context, Mixer, grouped, repeat_heads, wide
 from zoo.architectures.core.norms import make_norm
 from zoo.architectures.core.plan import AttentionSpec, MixerPlan, Row
 from zoo.architectures.core.rope import apply_rope
 from zoo.errors import ZooError
 from zoo.kernels.attention import attention
 
+EXAMPLE = {"heads": 4, "head_dim": 16, "kv_heads": 2, "rope": "default"}
+VARIANTS = {
+    "window": {**EXAMPLE, "window": 4},
+    "sinks": {**EXAMPLE, "window": 4, "sinks": 2, "qk_norm": "rms"},
+    "chunk": {**EXAMPLE, "chunk": 4},
+    "gated": {**EXAMPLE, "output_gate": True, "sink_logits": True, "softcap": 5.0, "temperature": (4.0, 0.5)},
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Args(mixer.Args):
     """The closed list of options of softmax attention.
 
-    `window` counts keys including the query's own; `sinks` leading tokens stay visible beside it; `chunk` attends within
-    blocks of that many tokens. `qk_norm` is a norm kind, per head or over all heads (`qk_norm_full`), before RoPE unless
-    `qk_norm_after_rope`. `temperature = (floor, scale)` multiplies queries by `1 + scale * log(1 + floor(position / floor))`
-    (Llama 4). `scale` defaults to `head_dim ** -0.5`.
+    `window` counts keys including the query's own; `sinks` leading tokens stay visible beside it; `chunk` attends
+    within blocks of that many tokens. `qk_norm` is a norm kind, per head or over all heads (`qk_norm_full`), before
+    RoPE unless `qk_norm_after_rope`. `temperature = (floor, scale)` multiplies the query at position p by
+    `1 + scale * log(1 + floor((p + 1) / floor))` (Llama 4). `scale` defaults to `head_dim ** -0.5`.
     """
 
     heads: int
@@ -70,7 +79,8 @@ class Args(mixer.Args):
 
 
 class Attention(Mixer):
-    Args = Args
+    options = Args
+    by_head = False
 
     def __init__(self, config: DecoderConfig, args: Args) -> None:
         super().__init__()
@@ -89,6 +99,10 @@ class Attention(Mixer):
             self.k_norm = make_norm(norm, kv_width if args.qk_norm_full else self.head_dim)
         if args.sink_logits:
             self.sinks = nn.Parameter(torch.zeros(self.heads))
+
+    def init_weights(self, std: float) -> None:
+        if self.args.sink_logits:
+            initialization.zeros_(self.sinks)
 
     @classmethod
     def layer_type_of(cls, args: Mapping[str, Any]) -> str:
@@ -141,7 +155,7 @@ class Attention(Mixer):
             causal=ctx.causal,
             window=self.args.window,
             sink_tokens=self.args.sinks,
-            sink_logits=self.sinks if self.args.sink_logits else None,
+            sink_logits=wide(self.sinks) if self.args.sink_logits else None,
             chunk=self.args.chunk,
             q_positions=q_positions,
             k_positions=k_positions,

@@ -1,6 +1,7 @@
 """Gated DeltaNet (Yang et al. 2024, arXiv 2412.06464): the delta rule with a data-dependent decay per head.
 
-    S_t = exp(g_t) S_{t-1} (I - beta_t k_t^T k_t) + beta_t k_t^T v_t,   o_t = q_t S_t,   g_t = -exp(A) softplus(a_t + dt)
+    S' = exp(g_t) S_{t-1},   S_t = S' + k_t^T beta_t (v_t - k_t S'),   o_t = q_t S_t
+    g_t = -exp(A) softplus(a_t + dt)
 
 B batch, T new tokens, H key heads, Hv value heads, K key and V value head dimension, W convolution width.
 """
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +20,7 @@ from transformers import initialization
 from zoo.architectures.core import mixer
 from zoo.architectures.core.cache import LayerCache
 from zoo.architectures.core.config import DecoderConfig, Norm
+from zoo.architectures.core.linear import check_norm, check_width
 from zoo.architectures.core.mixer import Context, Mixer, grouped, keep_fp32, wide, wide_dtype
 from zoo.architectures.core.norms import make_norm
 from zoo.architectures.core.plan import AttentionSpec, Init, MixerPlan
@@ -26,14 +29,17 @@ from zoo.architectures.core.rope import apply_rope
 from zoo.errors import ZooError
 from zoo.kernels.delta_rule import delta_rule, delta_rule_step
 
+EXAMPLE = {"heads": 2, "head_dim": 16, "value_heads": 4, "value_dim": 24}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Args(mixer.Args):
     """The published layer is the default; conversion from attention uses the other options.
 
     `conv` is the width of the short convolutions on q, k and v (0: none), followed by `conv_activation`; `gate` is the
-    output gate's activation (silu, sigmoid or None); `norm` puts an RMS norm on each head's output, with weights of its own
-    per head if `norm_per_head`; `beta_scale` 2 allows negative eigenvalues; `scale` is the query scale (None: `head_dim ** -0.5`).
+    output gate's activation (silu, sigmoid or None); `norm` puts an RMS norm on each head's output, with weights of its
+    own per head if `norm_per_head`; `beta_scale` 2 allows negative eigenvalues; `scale` is the query scale (None:
+    `head_dim ** -0.5`).
     """
 
     heads: int
@@ -62,14 +68,14 @@ class Args(mixer.Args):
         value_heads = self.value_heads or self.heads
         if self.heads <= 0 or value_heads % self.heads:
             raise ZooError(f"value_heads was {value_heads}; it must be a multiple of heads ({self.heads})")
-        if self.conv < 0:
-            raise ZooError(f"conv was {self.conv}; it must be a width, or 0 for none")
+        check_width(self.conv, self.conv_activation)
+        check_norm("qk_norm", self.qk_norm)
         gate_activation(self.gate)
         check_rope(self.rope, config)
 
 
 class GatedDeltaNet(Mixer):
-    Args = Args
+    options = Args
 
     def __init__(self, config: DecoderConfig, args: Args) -> None:
         super().__init__()
@@ -108,17 +114,18 @@ class GatedDeltaNet(Mixer):
     def from_attention(cls, spec: AttentionSpec, heads: tuple[int, ...] | None = None) -> MixerPlan:
         kept = tuple(range(spec.heads)) if heads is None else heads
         count, d = len(kept), spec.head_dim
-        args = dict(heads=count, head_dim=d, conv=4, conv_activation=None, gate="silu", gate_bias=True, norm_per_head=True)
+        args: dict[str, Any] = dict(heads=count, head_dim=d, conv=4, conv_activation=None, gate_bias=True)
+        args |= dict(gate="silu", norm_per_head=True)
         args |= dict(beta_bias=True, q_bias=spec.q_bias, k_bias=spec.k_bias, v_bias=spec.v_bias, o_bias=spec.o_bias)
         args |= dict(qk_norm=spec.qk_norm, qk_norm_eps=spec.norm_eps, rope=spec.rope)
         half_lives = torch.logspace(math.log2(16), math.log2(spec.max_position), count, base=2.0, dtype=torch.float64)
-        rates = math.log(2) / half_lives  # softplus(dt_bias) with A = 1
+        biases = inverse_softplus(math.log(2) / half_lives)  # the decay is softplus(dt_bias), with A = 1
         inits = [
             Init(target="a_proj.weight", shape=(count, spec.hidden_size), kind="zeros"),
             Init(target="b_proj.weight", shape=(count, spec.hidden_size), kind="zeros"),
             Init(target="b_proj.bias", shape=(count,), kind="constant", options={"value": 0.0}),
             Init(target="A_log", shape=(count,), kind="zeros", fp32=True),
-            Init(target="dt_bias", shape=(count,), kind="values", options={"values": inverse_softplus(rates)}, fp32=True),
+            Init(target="dt_bias", shape=(count,), kind="values", options={"values": biases}, fp32=True),
             *(Init(target=f"convs.{n}", shape=(count * d, 4), kind="identity_conv") for n in ("q", "k", "v")),
             Init(target="g_proj.weight", shape=(count * d, spec.hidden_size), kind="zeros"),
             # silu(1.278) = 1: the gate starts open and constant, with a gradient
@@ -159,7 +166,7 @@ class GatedDeltaNet(Mixer):
     def _recur(
         self, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, decay: Tensor, ctx: Context, cache: LayerCache | None
     ) -> Tensor:
-        args = dict(qk_l2norm=True, scale=self.args.scale)
+        args: dict[str, Any] = dict(qk_l2norm=True, scale=self.args.scale)
         if cache is None:
             return delta_rule(q, k, v, beta, decay, cu_seqlens=ctx.cu_seqlens, **args)[0]
         shape = (q.shape[0], self.value_heads, self.key_dim, self.value_dim)

@@ -7,8 +7,8 @@ B batch, T new tokens, H heads, K key and V value head dimension, R rank of the 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,7 @@ from zoo.architectures.core.linear import (
     check_norm,
     check_sizes,
     check_width,
+    decay_rates,
     group_norm,
     recur,
     recurrent_bytes,
@@ -32,7 +33,7 @@ from zoo.architectures.core.plan import AttentionSpec, Init, MixerPlan
 from zoo.architectures.core.recurrent import ConvStates, check_rope, gate_activation, transferred_rows
 from zoo.errors import ZooError
 
-EXAMPLE = dict(heads=2, head_dim=16, value_dim=24)
+EXAMPLE = {"heads": 2, "head_dim": 16, "value_dim": 24}
 FEATURE_MAPS = (None, "softmax")
 
 
@@ -40,10 +41,11 @@ FEATURE_MAPS = (None, "softmax")
 class Args(mixer.Args):
     """The published layer is the default; conversion from attention uses the other options.
 
-    `decay_rank` is R and `decay_divisor` the 16 above; `feature_map` "softmax" makes queries and keys distributions over
-    their channels (Lan et al. 2025, arXiv 2503.01496); `conv` is the width of short convolutions on q, k and v (0: none),
-    followed by `conv_activation`; `gate` is the output gate's activation; `norm` puts an RMS norm on each head's output,
-    with weights of its own per head if `norm_per_head`; `scale` is the query scale (None: `head_dim ** -0.5`).
+    `decay_rank` is R and `decay_divisor` the 16 above; `feature_map` "softmax" makes queries and keys distributions
+    over their channels (Lan et al. 2025, arXiv 2503.01496); `conv` is the width of short convolutions on q, k and v
+    (0: none), followed by `conv_activation`; `gate` is the output gate's activation; `norm` puts an RMS norm on each
+    head's output, with weights of its own per head if `norm_per_head`; `scale` is the query scale (None:
+    `head_dim ** -0.5`).
     """
 
     heads: int
@@ -81,7 +83,7 @@ class Args(mixer.Args):
 
 
 class GatedLinearAttention(Projected):
-    Args = Args
+    options = Args
 
     def __init__(self, config: DecoderConfig, args: Args) -> None:
         super().__init__()
@@ -107,9 +109,15 @@ class GatedLinearAttention(Projected):
     @classmethod
     def from_attention(cls, spec: AttentionSpec, heads: tuple[int, ...] | None = None) -> MixerPlan:
         count, d = spec.heads if heads is None else len(heads), spec.head_dim
-        args = dict(heads=count, head_dim=d, feature_map="softmax", gate_bias=True, norm_per_head=True)
-        args |= dict(q_bias=spec.q_bias, k_bias=spec.k_bias, v_bias=spec.v_bias, o_bias=spec.o_bias)
-        args |= dict(qk_norm=spec.qk_norm, qk_norm_eps=spec.norm_eps, rope=spec.rope)
+        args: dict[str, Any] = {
+            "heads": count,
+            "head_dim": d,
+            "feature_map": "softmax",
+            "gate_bias": True,
+            "norm_per_head": True,
+        }
+        args |= {"q_bias": spec.q_bias, "k_bias": spec.k_bias, "v_bias": spec.v_bias, "o_bias": spec.o_bias}
+        args |= {"qk_norm": spec.qk_norm, "qk_norm_eps": spec.norm_eps, "rope": spec.rope}
         inits = [
             Init(target="decay_down.weight", shape=(16, spec.hidden_size), kind="normal", options={"std": 0.02}),
             Init(target="decay_up.weight", shape=(count * d, 16), kind="normal", options={"std": 0.02}),
@@ -154,10 +162,8 @@ class GatedLinearAttention(Projected):
 
 
 def decay_biases(heads: int, head_dim: int, max_position: int) -> list[float]:
-    """Biases under which head h halves its state in 16 to `max_position` tokens, spread evenly in the logarithm."""
-    half_lives = torch.logspace(math.log2(16), math.log2(max_position), heads, base=2.0, dtype=torch.float64)
-    rates = math.log(2) / half_lives
-    biases = -torch.log(torch.expm1(16.0 * rates))  # logsigmoid(bias) / 16 = -rate
+    """Biases under which all channels of a head decay at the head's rate."""
+    biases = -torch.log(torch.expm1(16.0 * decay_rates(heads, max_position)))  # logsigmoid(bias) / 16 = -rate
     return biases.repeat_interleave(head_dim).tolist()
 
 

@@ -1,6 +1,7 @@
 """Hedgehog (Zhang et al. 2024, arXiv 2402.04347): linear attention with a learned feature map that mimics softmax.
 
-    phi(x) = [softmax(x W), softmax(-x W)],   o_t = sum_{s <= t} phi(q_t) phi(k_s)^T v_s / sum_{s <= t} phi(q_t) phi(k_s)^T
+    phi(x) = [softmax(x W), softmax(-x W)]
+    o_t = sum_{s <= t} phi(q_t) phi(k_s)^T v_s / sum_{s <= t} phi(q_t) phi(k_s)^T
 
 The form is LoLCATs' (arXiv 2410.10254): one map per head for queries and one for keys, after RoPE.
 
@@ -10,6 +11,7 @@ B batch, T new tokens, H heads, K key and V value head dimension; features have 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +25,7 @@ from zoo.architectures.core.mixer import Context, wide
 from zoo.architectures.core.plan import AttentionSpec, Init, MixerPlan
 from zoo.architectures.core.recurrent import check_rope, transferred_rows
 
-EXAMPLE = dict(heads=2, head_dim=16, value_dim=24)
+EXAMPLE = {"heads": 2, "head_dim": 16, "value_dim": 24, "rope": "default"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +50,7 @@ class Args(mixer.Args):
 
 
 class Hedgehog(Projected):
-    Args = Args
+    options = Args
 
     def __init__(self, config: DecoderConfig, args: Args) -> None:
         super().__init__()
@@ -65,8 +67,14 @@ class Hedgehog(Projected):
     @classmethod
     def from_attention(cls, spec: AttentionSpec, heads: tuple[int, ...] | None = None) -> MixerPlan:
         count, d = spec.heads if heads is None else len(heads), spec.head_dim
-        args = dict(heads=count, head_dim=d, qk_norm=spec.qk_norm, qk_norm_eps=spec.norm_eps, rope=spec.rope)
-        args |= dict(q_bias=spec.q_bias, k_bias=spec.k_bias, v_bias=spec.v_bias, o_bias=spec.o_bias)
+        args: dict[str, Any] = {
+            "heads": count,
+            "head_dim": d,
+            "qk_norm": spec.qk_norm,
+            "qk_norm_eps": spec.norm_eps,
+            "rope": spec.rope,
+        }
+        args |= {"q_bias": spec.q_bias, "k_bias": spec.k_bias, "v_bias": spec.v_bias, "o_bias": spec.o_bias}
         inits = tuple(Init(target=name, shape=(count, d, d), kind="zeros") for name in ("q_map", "k_map"))
         return MixerPlan(args=args, rows=transferred_rows(spec, heads), inits=inits)
 

@@ -1,6 +1,7 @@
 """Mamba-2 (Dao and Gu 2024, arXiv 2405.21060): a state-space layer with one decay per head.
 
-    S_t = exp(A dt_t) S_{t-1} + B_t^T (dt_t x_t),   y_t = C_t S_t + D x_t,   dt_t = softplus(x_t W + dt_bias),   A = -exp(A_log)
+    S_t = exp(A dt_t) S_{t-1} + B_t^T (dt_t x_t),   y_t = C_t S_t + D x_t
+    dt_t = softplus(h_t W + dt_bias),   A = -exp(A_log),   h_t the layer's input
 
 In terms of attention C is q, B is k and x is v. The fused `in_proj` of published checkpoints is `[z, x, B, C, dt]`, its
 convolution `[x, B, C]`; here each part has its own parameters.
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +28,7 @@ from zoo.architectures.core.linear import (
     check_norm,
     check_sizes,
     check_width,
+    decay_rates,
     group_norm,
     recur,
     recurrent_bytes,
@@ -35,7 +38,7 @@ from zoo.architectures.core.plan import AttentionSpec, Init, MixerPlan, Row
 from zoo.architectures.core.recurrent import ConvStates, check_rope, transferred_rows
 from zoo.errors import ZooError
 
-EXAMPLE = dict(heads=4, head_dim=16, state_dim=24, groups=2)
+EXAMPLE = {"heads": 4, "head_dim": 16, "state_dim": 24, "groups": 2}
 PROJECTIONS = ("z", "x", "B", "C", "dt", "out")
 TARGETS = {"q_proj": "C_proj", "k_proj": "B_proj", "v_proj": "x_proj", "o_proj": "out_proj"}
 
@@ -44,10 +47,10 @@ TARGETS = {"q_proj": "C_proj", "k_proj": "B_proj", "v_proj": "x_proj", "o_proj":
 class Args(mixer.Args):
     """The published layer is the default; conversion from attention uses the other options.
 
-    `groups` divides `heads`: heads of a group share B and C. `biases` names the projections with a bias (z, x, B, C, dt, out).
-    `conv` is the width of the short convolutions on x, B and C (0: none), followed by `conv_activation`.
-    `time_step_limit = (low, high)` clamps dt. The output norm works on `norm_groups` equal parts of all heads' channels.
-    `qk_norm` and `rope` act on C and B.
+    `groups` divides `heads`: heads of a group share B and C. `biases` names the projections with a bias (z, x, B, C,
+    dt, out). `conv` is the width of the short convolutions on x, B and C (0: none), followed by `conv_activation`.
+    `time_step_limit = (low, high)` clamps dt. The output norm works on `norm_groups` equal parts of all heads'
+    channels. `qk_norm` and `rope` act on C and B.
     """
 
     heads: int
@@ -88,7 +91,15 @@ class Args(mixer.Args):
 
 
 class Mamba2(RotatedKeys):
-    Args = Args
+    options = Args
+    z_proj: nn.Linear
+    x_proj: nn.Linear
+    B_proj: nn.Linear
+    C_proj: nn.Linear
+    dt_proj: nn.Linear
+    A_log: nn.Parameter
+    dt_bias: nn.Parameter
+    D: nn.Parameter
 
     def __init__(self, config: DecoderConfig, args: Args) -> None:
         super().__init__()
@@ -119,9 +130,9 @@ class Mamba2(RotatedKeys):
     def from_attention(cls, spec: AttentionSpec, heads: tuple[int, ...] | None = None) -> MixerPlan:
         count, d = spec.heads if heads is None else len(heads), spec.head_dim
         present = {"z": True, "x": spec.v_bias, "B": spec.k_bias, "C": spec.q_bias, "out": spec.o_bias}
-        args = dict(heads=count, head_dim=d, state_dim=d, groups=count, norm_groups=count)
-        args |= dict(conv_bias=False, conv_activation=None, biases=[name for name, has in present.items() if has])
-        args |= dict(qk_norm=spec.qk_norm, qk_norm_eps=spec.norm_eps, rope=spec.rope)
+        args: dict[str, Any] = {"heads": count, "head_dim": d, "state_dim": d, "groups": count, "norm_groups": count}
+        args |= {"conv_bias": False, "conv_activation": None, "biases": [name for name, has in present.items() if has]}
+        args |= {"qk_norm": spec.qk_norm, "qk_norm_eps": spec.norm_eps, "rope": spec.rope}
         rows = tuple(_renamed(row) for row in transferred_rows(spec, heads))
         return MixerPlan(args=args, rows=rows, inits=_inits(spec, count))
 
@@ -165,10 +176,9 @@ def _renamed(row: Row) -> Row:
 
 
 def _inits(spec: AttentionSpec, heads: int) -> tuple[Init, ...]:
-    """dt starts at one, so that `A` alone sets the decay: head h halves its state in 16 to `max_position` tokens."""
+    """dt starts at one, so that `A` alone sets the decay."""
     width, inner = spec.hidden_size, heads * spec.head_dim
-    half_lives = torch.logspace(math.log2(16), math.log2(spec.max_position), heads, base=2.0, dtype=torch.float64)
-    rates = (math.log(2) / half_lives).log().tolist()
+    rates = decay_rates(heads, spec.max_position).log().tolist()
     one = math.log(math.expm1(1.0))  # softplus(one) = 1
     return (
         Init(target="dt_proj.weight", shape=(heads, width), kind="zeros"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from zoo import loading
@@ -28,7 +30,7 @@ def stream(name: str, prompt: str, *, max_new_tokens: int, temperature: float, t
     )
 
 
-def load(name: str) -> torch.nn.Module:
+def load(name: str) -> Any:
     """The model in evaluation mode: on a GPU in its own dtype if there is one, else in fp32."""
     gpu = torch.cuda.is_available()
     model = loading.from_pretrained(name, **({} if gpu else {"dtype": torch.float32}))

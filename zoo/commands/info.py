@@ -63,7 +63,7 @@ def _checkpoint(name: str) -> str:
 
 def _options(module: ModuleType) -> str:
     """The arguments of a mixer, channel or block."""
-    args = getattr(getattr(module, "MODULE", None), "Args", None)
+    args = getattr(getattr(module, "MODULE", None), "options", None)
     if args is None or not is_dataclass(args):
         return ""
     return "arguments:\n" + "\n".join(f"  {_field(field)}" for field in fields(args))

@@ -1,8 +1,18 @@
-"""What the command line shows is its own: notices and bars of the libraries below it are turned off."""
+"""What the commands show is their own: a console that keeps names whole, and silence from the libraries below."""
 
 from __future__ import annotations
 
 import os
+import sys
+
+from rich.console import Console
+
+PIPE_WIDTH = 200  # columns where there is no terminal to fit
+
+
+def console() -> Console:
+    """A console on stdout."""
+    return Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, highlight=False)
 
 
 def silence() -> None:

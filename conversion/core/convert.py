@@ -1,0 +1,185 @@
+"""Conversion of a softmax-attention checkpoint to a hybrid: plan, stream, verify, and only then keep."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import zoo
+from zoo.architectures.core import formats
+from zoo.architectures.core.checkpoint import read_json
+from zoo.architectures.core.hub import TOKENIZER_FILES, resolve
+from zoo.architectures.core.shards import Spec, atomic_directory, parse_size, refuse_existing, write_json, write_tensors
+from zoo.conversion.core.card import write_card
+from zoo.conversion.core.planner import Plan, Swap, build_plan, choose
+from zoo.conversion.core.verify import Check, run_checks
+from zoo.errors import ZooError
+
+RECORD = "zoo_conversion.json"
+CARRIED_FILES = (
+    *TOKENIZER_FILES,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates",
+    "generation_config.json",
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
+)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a conversion did: its `plan`, and the `checks` that it passed (none in a dry run, which has no `out`)."""
+
+    plan: Plan
+    checks: dict[str, Check] = field(default_factory=dict)
+    out: Path | None = None
+
+    @property
+    def ok(self) -> bool:
+        """Whether no check failed."""
+        return all(check["passed"] is not False for check in self.checks.values())
+
+
+def convert(
+    source: str | Path,
+    out: str | Path,
+    *,
+    mixer: str | None = None,
+    keep: Sequence[int] = (),
+    layout: str | None = None,
+    mixer_args: Mapping[str, Any] | None = None,
+    dry_run: bool = False,
+    seed: int = 0,
+    max_shard_size: int | str = "5GB",
+    fresh_process: bool = True,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+    subfolder: str = "",
+) -> Report:
+    """Replace softmax attention by another mixer, transferring every weight that has a place in it.
+
+    Args:
+        source: a released checkpoint, a directory or a hub id, of a published softmax format or ours.
+        out: the directory to write; nothing may be there yet.
+        mixer: what every layer not in `keep` becomes; arguments may follow: `attention(window=64,sinks=1)`.
+        keep: layers, from 0, that keep their attention.
+        layout: instead of `mixer`, one mixer per layer: `gated_delta_net*3,attention`, tiled over the layers.
+        mixer_args: arguments for the new mixers.
+        dry_run: plan only: no tensor is read, nothing is written.
+        seed: of new parameters that start at random; each tensor's own seed comes from its name and this.
+        max_shard_size: bytes, or text such as "500MB".
+        fresh_process: also load the output in a new process and compare.
+        revision, token, cache_dir, local_files_only, subfolder: how to find `source`, as in huggingface_hub.
+
+    Returns:
+        The plan and the checks, which also stand in `out/verification.json`.
+
+    Raises:
+        ZooError: bad input, or a check that failed; nothing is left at `out` then.
+    """
+    out = Path(out)
+    refuse_existing(out)
+    parse_size(max_shard_size)
+    path = resolve(
+        source,
+        revision=revision,
+        token=token,
+        cache_dir=cache_dir,
+        local_files_only=local_files_only,
+        subfolder=subfolder,
+    )
+    canonical = formats.read(path)
+    plan = build_plan(canonical, choose(canonical.decoder, mixer, mixer_args, layout, keep), seed)
+    _require_tokenizer(path)
+    if dry_run:
+        return Report(plan)
+    with atomic_directory(out) as folder:
+        _write(plan, folder, max_shard_size)
+        write_json(folder / RECORD, _record(plan, str(source), path, mixer, layout))
+        checks = run_checks(plan, folder, fresh_process=fresh_process)
+        write_json(folder / "verification.json", {"ok": True, "checks": checks})
+        write_card(plan, folder, str(source), checks)
+    return Report(plan, checks, out)
+
+
+def verify(out: str | Path, source: str | Path | None = None, *, fresh_process: bool = True) -> dict[str, Check]:
+    """Check a converted directory again, against its source.
+
+    Args:
+        out: a directory that `convert` wrote and that has not been trained since.
+        source: where its source lies now; by default as recorded.
+        fresh_process: also load it in a new process and compare.
+
+    Raises:
+        ZooError: not a conversion, its source is gone, or a check failed.
+    """
+    record_file = Path(out) / RECORD
+    if not record_file.is_file():
+        raise ZooError(f"{out} has no {RECORD}; it must be a directory that convert wrote")
+    record = read_json(record_file, "record")
+    canonical = formats.read(resolve(source or record["source"]["name"], revision=record["source"]["revision"]))
+    swaps = {swap["layer"]: Swap(swap["mixer"], swap["args"]) for swap in record["swaps"]}
+    return run_checks(build_plan(canonical, swaps, record["seed"]), Path(out), fresh_process=fresh_process)
+
+
+def _require_tokenizer(path: Path) -> None:
+    if not any((path / file).is_file() for file in TOKENIZER_FILES):
+        raise ZooError(f"{path} has no tokenizer, which the output carries; put its tokenizer.json there")
+
+
+def _write(plan: Plan, folder: Path, max_shard_size: int | str) -> None:
+    specs = {row.target: Spec(row.shape, row.dtype) for row in plan.rows}
+    write_tensors(folder, specs, plan.tensor, max_shard_size)
+    config = plan.config.to_dict() | {"architectures": ["ZooForCausalLM"]}
+    config.pop("_name_or_path", None)
+    write_json(folder / "config.json", config)
+    for pattern in CARRIED_FILES:
+        for file in sorted(plan.source.checkpoint.path.glob(pattern)):
+            (shutil.copytree if file.is_dir() else shutil.copyfile)(file, folder / file.name)
+    _name_tokenizer(plan, folder)
+
+
+def _name_tokenizer(plan: Plan, folder: Path) -> None:
+    """Write the tokenizer's class down where only the source's model_type told it."""
+    from transformers import AutoTokenizer
+
+    file = folder / "tokenizer_config.json"
+    config = read_json(file, "tokenizer config") if file.is_file() else {}
+    if "tokenizer_class" not in config:
+        name = type(AutoTokenizer.from_pretrained(plan.source.checkpoint.path)).__name__
+        write_json(file, {**config, "tokenizer_class": name})
+
+
+def _record(plan: Plan, source: str, path: Path, mixer: str | None, layout: str | None) -> dict[str, Any]:
+    versions = {"hybrid-zoo": zoo.__version__, **{name: metadata.version(name) for name in ("torch", "transformers")}}
+    return {
+        "format_version": 1,
+        "source": {"name": source, "revision": revision_of(path), "format": plan.source.format},
+        "mixer": mixer,
+        "layout": layout,
+        "keep": [index for index in range(len(plan.source.decoder.layers)) if index not in plan.swaps],
+        "swaps": [{"layer": index, "mixer": swap.mixer, "args": dict(swap.args)} for index, swap in plan.swaps.items()],
+        "seed": plan.seed,
+        "transferred": plan.transferred,
+        "new": plan.new,
+        "plan": [row.to_dict() for row in plan.rows],
+        "versions": versions,
+    }
+
+
+def revision_of(path: Path) -> str | None:
+    """The commit of a hub snapshot, from its place in the cache; None for a plain directory."""
+    parts = path.parts
+    return parts[parts.index("snapshots") + 1] if "snapshots" in parts[:-1] else None

@@ -1,0 +1,125 @@
+"""Where the rows of a healing run come from: text, recall documents, the teacher itself, or shares of each.
+
+N rows, L tokens per row.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from zoo.conversion.core.recall_pool import recall_pool
+from zoo.conversion.core.rows import Array, Mixture, Part, Pool, Refreshed, Rows, Stream, needed_rows, parse
+from zoo.conversion.core.sampling import sample_rows
+from zoo.conversion.core.texts import fingerprint, opening, prefix, save_array, text_tokens, token_dtype
+from zoo.errors import ZooError
+
+FILLER = 4_000_000  # characters of text among which needles are hidden
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run asks of its data.
+
+    Args:
+        length: L.
+        total: rows of the whole run.
+        seed: of every random choice.
+        cache: directory for tokens and pools.
+        pool_tokens, pool_uses: of `self`: tokens sampled at a time, and how often each row is used.
+        sample_batch: rows sampled together.
+    """
+
+    length: int
+    total: int
+    seed: int
+    cache: Path
+    pool_tokens: int = 131_072
+    pool_uses: int = 4
+    sample_batch: int = 256
+
+
+def check(data: str) -> list[Part]:
+    """The parts of `data`; a file that is missing raises `ZooError` before anything is loaded."""
+    parts = [Part(data, 1.0)] if Path(data).expanduser().exists() else parse(data)
+    for part in parts:
+        if not is_text(part.name) or part.name.startswith("datasets:"):
+            continue
+        path = Path(part.name).expanduser()
+        if not path.exists():
+            raise ZooError(
+                f"data {part.name!r} does not exist; give a text file, a directory, datasets:NAME, recall or self"
+            )
+        if path.is_file() and path.stat().st_size == 0:
+            raise ZooError(f"data {path} is empty; give a file that holds text")
+    return parts
+
+
+def is_text(name: str) -> bool:
+    return name not in ("self", "recall")
+
+
+def mixture(parts: list[Part], teacher: Any, tokenizer: Any, plan: Plan) -> Mixture:
+    """The run's rows. Tokenising, and recall rows, happen here; sampling from the teacher happens when a pool is due.
+
+    Raises:
+        ZooError: text that is missing, empty or shorter than a row.
+    """
+    needed = needed_rows(parts, plan.total)
+    sources: dict[str, Rows] = {}
+    for part in parts:
+        if is_text(part.name):
+            wanted = (needed[part.name] + 2) * plan.length
+            tokens = text_tokens(part.name, tokenizer, wanted, plan.seed, plan.cache)
+            sources[part.name] = Stream(tokens, plan.length, plan.seed, opening(tokenizer))
+        elif part.name == "self":
+            sources[part.name] = sampled(teacher, tokenizer, plan, needed[part.name])
+    if "recall" in needed:
+        sources["recall"] = recalled(teacher, tokenizer, plan, needed["recall"], sources)
+    return Mixture(sources, parts, plan.total)
+
+
+def sampled(teacher: Any, tokenizer: Any, plan: Plan, needed: int) -> Refreshed:
+    """Pools sampled from the teacher, each kept in the cache so that a resumed run does not sample again."""
+    size = max(1, min(needed, math.ceil(needed / plan.pool_uses), plan.pool_tokens // plan.length))
+    start = prefix(tokenizer)
+    weights = float(teacher.model.embed_tokens.weight.float().square().sum())  # a shared cache may hold other teachers'
+    key = fingerprint("self", tokenizer, weights, plan.length, size, plan.seed)
+
+    def make(number: int) -> Array:
+        file = plan.cache / f"self-{key}-{number}.npy"
+        if not file.exists():
+            rows = sample_rows(teacher, start, size, plan.length, plan.seed + number, plan.sample_batch)
+            save_array(file, rows.astype(token_dtype(tokenizer)))
+        return np.load(file)  # type: ignore[no-any-return]
+
+    return Refreshed(make, size, plan.pool_uses, plan.seed)
+
+
+def recalled(teacher: Any, tokenizer: Any, plan: Plan, needed: int, sources: dict[str, Rows]) -> Pool:
+    """Recall rows whose filler is the run's own text."""
+    filler = filler_text(teacher, tokenizer, plan, sources)
+    key = fingerprint("recall", tokenizer, filler, needed, plan.length, plan.seed)
+    file = plan.cache / f"recall-{key}.npy"
+    if not file.exists():
+        rows = recall_pool(tokenizer, filler, needed, plan.length, plan.seed)
+        start = opening(tokenizer)
+        rows[:, : len(start)] = start
+        save_array(file, rows.astype(token_dtype(tokenizer)))
+    return Pool(np.load(file, mmap_mode="r"), plan.seed)
+
+
+def filler_text(teacher: Any, tokenizer: Any, plan: Plan, sources: dict[str, Rows]) -> str:
+    """Text of the first source, decoded; with none, text sampled from the teacher."""
+    streams = [source for source in sources.values() if isinstance(source, Stream)]
+    if streams:
+        ids = streams[0].tokens[: FILLER // 4]
+    else:
+        rows = sources.get("self") or sampled(teacher, tokenizer, plan, max(1, 65_536 // plan.length))
+        ids = rows.take(np.arange(max(1, 65_536 // plan.length))).reshape(-1)
+    text: str = tokenizer.decode(ids.tolist(), skip_special_tokens=True)
+    return text[:FILLER]

@@ -1,0 +1,161 @@
+"""Plots of results as SVG text, to stand inside an HTML page."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from zoo.evals.core.summary import Run, count, size
+
+COLOURS = ("#2563a8", "#c2571a", "#2f8f5b", "#7b4ea3", "#b03a5b", "#6b6b6b", "#a08a1c", "#1c8fa0")
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A heading, a sentence that says how to read it, and the picture."""
+
+    title: str
+    caption: str
+    svg: str
+
+
+def plots(runs: Sequence[Run]) -> list[Plot]:
+    """One plot per kind of result that at least one run has."""
+    return [plot for make in (_perplexity, _needle, _kl, _state, _speed) if (plot := make(runs)) is not None]
+
+
+def _perplexity(runs: Sequence[Run]) -> Plot | None:
+    def style(axes: Any) -> None:
+        axes.set(xlabel="position in the window, tokens", ylabel="perplexity")
+        axes.set_yscale("log")
+        _plain_ticks(axes)
+
+    caption = "Perplexity of the tokens at each position of a window. Bands are 95% intervals over windows."
+    return _curves(runs, "perplexity", "perplexity_by_position", "Perplexity by position", caption, style)
+
+
+def _needle(runs: Sequence[Run]) -> Plot | None:
+    def style(axes: Any) -> None:
+        axes.set(xlabel="length, tokens", ylabel="accuracy", ylim=(-0.03, 1.03))
+        _length_axis(axes)
+
+    caption = "Share of 7-digit needles read back. Bars are Wilson 95% intervals."
+    return _curves(runs, "needle", "needle", "Needle by length", caption, style, bars=True)
+
+
+def _kl(runs: Sequence[Run]) -> Plot | None:
+    def style(axes: Any) -> None:
+        axes.set(xlabel="position in the window, tokens", ylabel="KL, nats per token", ylim=(0, None))
+
+    caption = "KL(teacher || model) at each position of a window. Bands are 95% intervals over windows."
+    return _curves(runs, "fidelity", "kl_by_position", "Divergence from the teacher", caption, style)
+
+
+def _state(runs: Sequence[Run]) -> Plot | None:
+    def style(axes: Any) -> None:
+        axes.set(xlabel="length, tokens", ylabel="bytes per sequence")
+        axes.set_yscale("log", base=2)
+        axes.yaxis.set_major_formatter(lambda value, _: size(value))
+        _length_axis(axes)
+
+    caption = "Bytes of cache that one sequence needs, both axes logarithmic."
+    return _curves(runs, "efficiency", "state_bytes/model", "State by length", caption, style)
+
+
+def _speed(runs: Sequence[Run]) -> Plot | None:
+    bars = [(label, *speed) for label, results in runs if "efficiency" in results for speed in _speeds(results)]
+    if not bars:
+        return None
+    figure, axes = _figure()
+    names = [f"{label}, {length}" for label, _, length, _ in bars if _ == "prefill"]
+    for offset, kind in ((-0.2, "prefill"), (0.2, "decode")):
+        speeds = [value for _, which, _, value in bars if which == kind]
+        axes.barh([i + offset for i in range(len(speeds))], speeds, 0.38, label=kind, color=COLOURS[offset > 0])
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.set(xlabel="tokens per second", xscale="log")
+    _legend(axes)
+    caption = "Median speed after a prompt of the given length, all models on the hardware named below."
+    return Plot("Tokens per second", caption, _svg(figure))
+
+
+def _speeds(results: Any) -> Iterator[tuple[str, str, float]]:
+    for kind in ("prefill", "decode"):
+        for row in results["efficiency"].select(f"{kind}_tokens_per_second"):
+            if "of" not in row.at:
+                yield kind, count(int(row.at["length"])), row.value
+
+
+def _curves(
+    runs: Sequence[Run],
+    task: str,
+    series: str,
+    title: str,
+    caption: str,
+    style: Callable[[Any], None],
+    bars: bool = False,
+) -> Plot | None:
+    found = [(label, results[task].series[series]) for label, results in runs if _has(results, task, series)]
+    if not found:
+        return None
+    figure, axes = _figure()
+    for i, (label, curve) in enumerate(found):
+        _draw(axes, label, curve, COLOURS[i % len(COLOURS)], bars)
+    style(axes)
+    _legend(axes)
+    return Plot(title, caption, _svg(figure))
+
+
+def _has(results: Any, task: str, series: str) -> bool:
+    return task in results and bool(results[task].series.get(series, {}).get("x"))
+
+
+def _draw(axes: Any, label: str, curve: Any, colour: str, bars: bool) -> None:
+    x, y, low, high = (curve.get(name) for name in ("x", "y", "low", "high"))
+    if not bars or low is None:
+        axes.plot(x, y, marker="o", markersize=3, color=colour, label=label)
+        if low is not None:
+            axes.fill_between(x, low, high, color=colour, alpha=0.12, linewidth=0)
+        return
+    below = [max(0.0, value - bound) for value, bound in zip(y, low, strict=True)]
+    above = [max(0.0, bound - value) for value, bound in zip(y, high, strict=True)]
+    axes.errorbar(x, y, [below, above], marker="o", markersize=4, capsize=3, color=colour, label=label)
+
+
+def _figure() -> tuple[Any, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 3.8), layout="constrained")
+    axes = figure.add_subplot()
+    axes.grid(alpha=0.25, linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _legend(axes: Any) -> None:
+    axes.legend(frameon=False, fontsize="small")
+
+
+def _plain_ticks(axes: Any) -> None:
+    for axis in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        axis(lambda value, _: f"{value:g}")
+
+
+def _length_axis(axes: Any) -> None:
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(lambda value, _: count(round(value)))
+
+
+def _svg(figure: Any) -> str:
+    """The figure as an `<svg>` element with its text as text, without anything that changes from run to run."""
+    import matplotlib
+
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "zoo", "font.family": "sans-serif"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    text = buffer.getvalue()
+    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
+    return re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', 'width="100%" role="img"', text, count=1)

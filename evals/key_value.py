@@ -1,0 +1,89 @@
+"""Recall of one entry of a list of key-value pairs.
+
+Example with `pairs=3` (the model is asked to continue it, and must produce ` 7730154`):
+
+    quaint-walnut: 4081223
+    sturdy-falcon: 7730154
+    tepid-orchid: 1190027
+
+    sturdy-falcon:
+
+Keys are adjective-noun pairs held out from the recall documents that the bundled teachers are trained on; values are
+7-digit numbers; the asked pair is drawn uniformly. There is one question per list, so that samples are independent.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from zoo.errors import ZooError
+from zoo.evals.core import running
+from zoo.evals.core.decoding import answer_tokens, answers
+from zoo.evals.core.result import Result, Row
+from zoo.evals.core.statistics import proportion
+from zoo.evals.core.text import bos_ids, encode
+from zoo.evals.core.words import keys
+
+VERSION = 1
+NEEDS = ("tokenizer",)
+SLACK = 2
+
+
+def evaluate(
+    model: Any,
+    tokenizer: Any,
+    *,
+    pairs: Sequence[int] = (30,),
+    samples: int = 20,
+    seed: int = 0,
+    batch_tokens: int | None = None,
+) -> Result:
+    """Accuracy of `model` on `samples` lists of each size.
+
+    Args:
+        pairs: numbers of pairs in a list.
+        samples: lists per size; list i depends on (size, i, seed) alone.
+        seed: seed of keys, values and questions.
+        batch_tokens: prompt tokens that run together; it changes the speed, not the scores.
+
+    Returns:
+        Rows `accuracy` at {"pairs": n}: the answer starts with the value. Binomial standard errors, Wilson intervals.
+
+    Raises:
+        ZooError: no tokenizer, more pairs than there are keys, or a list beyond the model's length.
+    """
+    started = time.perf_counter()
+    running.require_tokenizer(tokenizer, "key_value")
+    running.check_positive("key_value", samples=samples)
+    for size in pairs:
+        if not 1 <= size <= len(keys()):
+            raise ZooError(f"task 'key_value': pairs was {size}; it must be between 1 and {len(keys())}")
+    rows = [_score(model, tokenizer, size, samples, seed, batch_tokens) for size in pairs]
+    options = {"pairs": list(pairs), "samples": samples}
+    return running.build("key_value", VERSION, model, rows, started=started, options=options, seed=seed)
+
+
+def prompt(pairs: int, sample: int, seed: int) -> tuple[str, str]:
+    """The list and question of one sample, and the value that answers it."""
+    rng = random.Random(f"key_value/{pairs}/{sample}/{seed}")
+    chosen = rng.sample(keys(), pairs)
+    values = [str(rng.randint(1_000_000, 9_999_999)) for _ in chosen]
+    asked = rng.randrange(pairs)
+    lines = [f"{key}: {value}" for key, value in zip(chosen, values, strict=True)]
+    return "\n".join([*lines, "", f"{chosen[asked]}:"]), values[asked]
+
+
+def _score(model: Any, tokenizer: Any, pairs: int, samples: int, seed: int, batch_tokens: int | None) -> Row:
+    texts, values = zip(*(prompt(pairs, sample, seed) for sample in range(samples)), strict=True)
+    bos = bos_ids(tokenizer)
+    prompts = [bos + encode(tokenizer, text) for text in texts]
+    max_new = answer_tokens(tokenizer, values, SLACK)
+    running.check_length(model, max(map(len, prompts)) + max_new, "key_value")
+    found = answers(
+        model, tokenizer, prompts, values, max_new=max_new, batch_tokens=batch_tokens, label=f"key_value {pairs}"
+    )
+    hits = [text.strip().startswith(value) for text, value in zip(found, values, strict=True)]
+    return proportion("accuracy", hits, {"pairs": pairs})

@@ -1,0 +1,75 @@
+"""How tokens are laid out in chunks.
+
+Shapes: B batch, T tokens, N sequences (B, or the packed ones), C tokens per chunk, M chunks, H heads, D head width.
+Chunked arrays are [M, B, H, C, D]: the recurrence over chunks then reads contiguous slices.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from zoo.kernels.decays import ChannelDecay, Decay, HeadDecay, NoDecay
+
+CHUNK = 64
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """Chunk boundaries of one call. `size` is a power of two; the other tensors exist for packed sequences alone."""
+
+    length: int
+    size: int
+    count: int
+    slots: Tensor | None = None  # [T] place of each token in the padded array of M * C
+    sequence: Tensor | None = None  # [M] the sequence of each chunk
+    first: Tensor | None = None  # [M] whether a chunk begins its sequence
+    last: Tensor | None = None  # [N] last chunk of each sequence
+    empty: Tensor | None = None  # [N]
+
+    def split(self, x: Tensor) -> Tensor:
+        """[B, T, H, ...] to [M, B, H, C, ...], zeros where no token is."""
+        b, rest, padded = x.shape[0], x.shape[2:], self.count * self.size
+        if self.slots is not None:
+            x = x.new_zeros((b, padded, *rest)).index_copy(1, self.slots, x)
+        elif padded > self.length:
+            x = F.pad(x, [0, 0] * len(rest) + [0, padded - self.length])
+        return x.unflatten(1, (self.count, self.size)).transpose(2, 3).transpose(0, 1).contiguous()
+
+    def join(self, x: Tensor) -> Tensor:
+        """[M, B, H, C, D] back to [B, T, H, D]."""
+        x = x.transpose(0, 1).transpose(2, 3).flatten(1, 2)
+        return x[:, : self.length] if self.slots is None else x.index_select(1, self.slots)
+
+
+def layout(length: int, cu_seqlens: Tensor | None, size: int = CHUNK) -> Chunks:
+    """Chunks of `size` tokens, fewer when the call is shorter; boundaries count from the start of each sequence.
+
+    Packed sequences are laid out on the device, from shapes alone: T // C + N chunks always suffice, so no value of
+    `cu_seqlens` is read on the host. The chunks left over are empty and belong to the last sequence.
+    """
+    size = min(size, 1 << max(length - 1, 0).bit_length())
+    if cu_seqlens is None:
+        return Chunks(length, size, -(-length // size))
+    count = length // size + cu_seqlens.shape[0] - 1
+    starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
+    ends = ((lengths + size - 1) // size).cumsum(0)  # [N] chunks up to and with each sequence
+    begins = ends - (lengths + size - 1) // size
+    token = torch.arange(length, device=cu_seqlens.device)
+    owner = torch.searchsorted(cu_seqlens.long(), token, right=True) - 1
+    slots = begins[owner] * size + token - starts[owner]
+    chunk = torch.arange(count, device=cu_seqlens.device)
+    sequence = torch.searchsorted(ends, chunk, right=True).clamp(max=lengths.shape[0] - 1)
+    first, last = chunk == begins[sequence], (ends - 1).clamp(min=0)
+    return Chunks(length, size, count, slots, sequence, first, last, lengths == 0)
+
+
+def inside(chunks: Chunks, decay: Tensor | None, low: torch.dtype | None) -> Decay:
+    """The decay [B, T, Hv, 1 or K] as seen inside the chunks; products round their operands to `low`."""
+    if decay is None:
+        return NoDecay(low)
+    split = chunks.split(decay)
+    return HeadDecay(split.squeeze(-1), low) if split.shape[-1] == 1 else ChannelDecay(split, low)

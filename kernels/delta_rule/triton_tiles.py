@@ -1,0 +1,123 @@
+# mypy: disable-error-code="no-untyped-def"
+"""Loads, stores and decay factors that the Triton kernels of the delta rule share.
+
+Shapes: B batch, T tokens, C tokens of a chunk, H key heads, HV value heads, K and V head widths, BK and BV tiles of
+them; rows are the B * T tokens, and a chunk is `count` rows from `row` on. Row numbers are 64-bit, and every address
+is made from one.
+"""
+
+# The annotations of a kernel are read when it is defined: no `from __future__ import annotations` here.
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def chunk_rows(chunk, length, chunks, starts, counts, C: tl.constexpr, PACKED: tl.constexpr):
+    """First row and number of tokens of a chunk; packed sequences bring them in `starts` and `counts`."""
+    if PACKED:
+        row = tl.load(starts + chunk).to(tl.int64)
+        count = tl.load(counts + chunk).to(tl.int32)
+    else:
+        begin = (chunk % chunks) * C
+        row = (chunk // chunks).to(tl.int64) * length + begin
+        count = tl.minimum(length - begin, C)
+    return row, count
+
+
+@triton.jit
+def sequence_rows(n, length, chunks, cu_seqlens, first_chunk, PACKED: tl.constexpr):
+    """First row, number of tokens and first chunk of sequence n."""
+    if PACKED:
+        row = tl.load(cu_seqlens + n).to(tl.int64)
+        size = (tl.load(cu_seqlens + n + 1).to(tl.int64) - row).to(tl.int32)
+        chunk = tl.load(first_chunk + n).to(tl.int64)
+    else:
+        row = n.to(tl.int64) * length
+        size = n * 0 + length
+        chunk = n.to(tl.int64) * chunks
+    return row, size, chunk
+
+
+@triton.jit
+def load_rows(x, row, count, stride, column, D: tl.constexpr, C: tl.constexpr, BD: tl.constexpr):
+    """[C, BD] from `column` on, zero beyond `count` rows and D columns."""
+    r = tl.arange(0, C)
+    c = column + tl.arange(0, BD)
+    place = x + (row + r)[:, None] * stride + c[None, :]
+    return tl.load(place, mask=(r < count)[:, None] & (c < D)[None, :], other=0.0)
+
+
+@triton.jit
+def store_rows(x, value, row, count, stride, column, D: tl.constexpr, C: tl.constexpr, BD: tl.constexpr):
+    r = tl.arange(0, C)
+    c = column + tl.arange(0, BD)
+    place = x + (row + r)[:, None] * stride + c[None, :]
+    tl.store(place, value.to(x.dtype.element_ty), mask=(r < count)[:, None] & (c < D)[None, :])
+
+
+@triton.jit
+def load_state(x, number, column, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):
+    """[BK, BV] of state `number` (64-bit) in an array of [K, V]."""
+    r = tl.arange(0, BK)
+    c = column + tl.arange(0, BV)
+    place = x + number * (K * V) + r[:, None] * V + c[None, :]
+    return tl.load(place, mask=(r < K)[:, None] & (c < V)[None, :], other=0.0)
+
+
+@triton.jit
+def store_state(x, value, number, column, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):
+    r = tl.arange(0, BK)
+    c = column + tl.arange(0, BV)
+    place = x + number * (K * V) + r[:, None] * V + c[None, :]
+    tl.store(place, value.to(x.dtype.element_ty), mask=(r < K)[:, None] & (c < V)[None, :])
+
+
+@triton.jit
+def load_gate(x, row, count, heads, head, C: tl.constexpr):
+    """[C] of one number per token and head."""
+    r = tl.arange(0, C)
+    return tl.load(x + (row + r) * heads + head, mask=r < count, other=0.0)
+
+
+@triton.jit
+def load_norm(norms, row, count, heads, head, C: tl.constexpr, NORM: tl.constexpr):
+    """[C] of rsqrt(sum(x * x) + 1e-6), or ones."""
+    if NORM:
+        factor = load_gate(norms, row, count, heads, head, C)
+    else:
+        factor = tl.full([C], 1.0, tl.float32)
+    return factor
+
+
+@triton.jit
+def load_sums(sums, row, count, heads, head, C: tl.constexpr, DECAY: tl.constexpr):
+    """Running sums of the log decays of a chunk and their last one, in fp64: their differences keep fp32 accuracy."""
+    if DECAY:
+        r = tl.arange(0, C)
+        place = sums + (row + r) * heads + head
+        last = tl.load(sums + (row + count - 1) * heads + head, mask=count > 0, other=0.0)
+        # Rows beyond the chunk decay no further: every factor stays finite.
+        sum = tl.where(r < count, tl.load(place, mask=r < count, other=0.0), last)
+    else:
+        last = tl.full([], 0.0, tl.float32)
+        sum = tl.full([C], 0.0, tl.float32)
+    return sum, last
+
+
+@triton.jit
+def decay_between(sum, count, C: tl.constexpr, DECAY: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """[i, j] (TRANSPOSED: [j, i]) of the decay from token j to token i, for j <= i; zero elsewhere."""
+    r = tl.arange(0, C)
+    if TRANSPOSED:
+        seen = (r[:, None] <= r[None, :]) & (r < count)[None, :]
+    else:
+        seen = (r[:, None] >= r[None, :]) & (r < count)[:, None]
+    if DECAY:
+        if TRANSPOSED:
+            gap = sum[None, :] - sum[:, None]
+        else:
+            gap = sum[:, None] - sum[None, :]
+        factor = tl.where(seen, tl.exp(tl.where(seen, gap.to(tl.float32), 0.0)), 0.0)
+    else:
+        factor = tl.where(seen, 1.0, 0.0)
+    return factor

@@ -1,0 +1,162 @@
+"""The models that the contracts are tested on, and how their outputs are compared.
+
+Two layers of every registered mixer, as its `EXAMPLE` and `VARIANTS` say and as made from attention, and the tiny
+presets of every architecture. Nothing here names one of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, StaticCache
+
+from zoo import registry
+from zoo.architectures.core.config import DecoderConfig, Head, Layer, Rope
+from zoo.architectures.core.modeling import ZooConfig, ZooForCausalLM
+from zoo.architectures.core.plan import AttentionSpec
+
+VOCAB, WIDTH = 97, 64
+ROPES = {"default": Rope(dim=16)}
+SPEC = AttentionSpec(
+    hidden_size=WIDTH,
+    heads=4,
+    kv_heads=2,
+    head_dim=16,
+    q_bias=True,
+    k_bias=True,
+    v_bias=True,
+    o_bias=True,
+    qk_norm="rms",
+    rope="default",
+    args=dict(
+        heads=4,
+        kv_heads=2,
+        head_dim=16,
+        q_bias=True,
+        k_bias=True,
+        v_bias=True,
+        o_bias=True,
+        qk_norm="rms",
+        rope="default",
+    ),
+)
+
+
+def convertible(mixer: str) -> bool:
+    return "from_attention" in vars(registry.get("mixers", mixer, "MODULE"))
+
+
+def mixer_cases() -> dict[str, tuple[str, Callable[[], dict[str, Any]]]]:
+    cases: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {}
+    for name in registry.names("mixers"):
+        module = registry.load("mixers", name)
+        cases[name] = (name, lambda module=module: module.EXAMPLE)
+        for variant, args in getattr(module, "VARIANTS", {}).items():
+            cases[f"{name}/{variant}"] = (name, lambda args=args: args)
+        if convertible(name):
+            cases[f"{name}/from_attention"] = (name, lambda m=module: dict(m.MODULE.from_attention(SPEC).args))
+    return cases
+
+
+def presets() -> list[str]:
+    return [
+        f"{name}/{preset}"
+        for name in registry.names("architectures")
+        for preset in registry.get("architectures", name, "PRESETS")
+        if "tiny" in preset
+    ]
+
+
+MIXER_CASES = mixer_cases()
+
+
+def swiglu_layer(mixer: str, args: dict[str, Any], **fields: Any) -> Layer:
+    channel = dict(channel="swiglu", channel_args=dict(intermediate_size=96))
+    return Layer(mixer=mixer, mixer_args=args, **{**channel, **fields})
+
+
+def stack(names: Sequence[str], vocab_size: int = VOCAB, tied: bool = False) -> ZooConfig:
+    """The config of a decoder with one layer per name; a name is a mixer's or `mixer/variant`."""
+    layers = tuple(swiglu_layer(MIXER_CASES[n][0], MIXER_CASES[n][1]()) for n in names)
+    decoder = DecoderConfig(vocab_size=vocab_size, hidden_size=WIDTH, layers=layers, ropes=ROPES, head=Head(tied=tied))
+    return ZooConfig.from_decoder(decoder, "test")
+
+
+def case_config(case: str) -> ZooConfig:
+    if case in MIXER_CASES:
+        return stack([case, case])
+    architecture, preset = case.split("/")
+    module = registry.load("architectures", architecture)
+    return ZooConfig.from_decoder(module.layout(**module.PRESETS[preset]), architecture)
+
+
+def stir(model: torch.nn.Module, seed: int = 0, std: float = 0.05) -> None:
+    """Noise on every parameter, so that a start at zero or one hides nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(std * torch.randn(parameter.shape, generator=generator))
+
+
+def make(config: ZooConfig | Sequence[str] | str, seed: int = 0) -> ZooForCausalLM:
+    """A model in eval mode, from a config, a case or the names of its layers."""
+    if not isinstance(config, ZooConfig):
+        config = case_config(config) if isinstance(config, str) else stack(config)
+    torch.manual_seed(seed)
+    model = ZooForCausalLM(config).eval()
+    stir(model, seed)
+    return model
+
+
+def draw(*shape: int, seed: int = 1, vocab: int = VOCAB) -> Tensor:
+    """Token ids, none of them 0."""
+    return torch.randint(1, vocab, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def error(found: Tensor, expected: Tensor) -> tuple[float, float]:
+    """Relative root mean square error, and worst element over the largest expected one."""
+    assert found.shape == expected.shape, (found.shape, expected.shape)
+    found, expected = found.detach().double(), expected.detach().double()
+    assert torch.isfinite(found).all()
+    difference = (found - expected).abs()
+    rms = difference.square().mean().sqrt() / expected.square().mean().sqrt()
+    return rms.item(), (difference.max() / expected.abs().max()).item()
+
+
+def same(found: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
+    """Both errors within `tolerance`; an all-zero result or one wrong element fails."""
+    rms, worst = error(found, expected)
+    assert rms <= tolerance and worst <= 5 * tolerance, f"relative RMS {rms:.2e}, worst element {worst:.2e}"
+
+
+def feed(
+    model: ZooForCausalLM, ids: Tensor, sizes: Sequence[int], cache: Any = None, **inputs: Any
+) -> tuple[Tensor, Any]:
+    """Logits `[B, T, V]` of `ids` fed in pieces of these sizes, and the cache after them."""
+    cache = DynamicCache() if cache is None else cache
+    outs, start = [], 0
+    mask = inputs.pop("attention_mask", None)
+    with torch.no_grad():
+        for size in sizes:
+            stop = start + size
+            seen = {} if mask is None else {"attention_mask": mask[:, :stop]}
+            outs.append(model(ids[:, start:stop], past_key_values=cache, use_cache=True, **seen, **inputs).logits)
+            start = stop
+    return torch.cat(outs, 1), cache
+
+
+def forward(model: ZooForCausalLM, ids: Tensor, **inputs: Any) -> Tensor:
+    """Logits of one forward without a cache."""
+    with torch.no_grad():
+        return model(ids, use_cache=False, **inputs).logits
+
+
+def parts(model: ZooForCausalLM) -> list[Any]:
+    return [part for block in model.model.layers for part in (block.mixer, block.channel) if part is not None]
+
+
+def static_cache(model: ZooForCausalLM, length: int) -> StaticCache:
+    return StaticCache(config=model.config, max_cache_len=length)
