@@ -8,6 +8,9 @@ Example with `pairs=3` (the model is asked to continue it, and must produce ` 77
 
     sturdy-falcon:
 
+With `form="needles"` the same pairs are RULER's niah_multikey_2: lines "One of the special magic numbers for
+sturdy-falcon is: 7730154." between RULER's introduction and question, for models that learned that form alone.
+
 Keys are adjective-noun pairs held out from the recall documents that the bundled teachers are trained on; values are
 7-digit numbers; the asked pair is drawn uniformly. There is one question per list, so that samples are independent.
 """
@@ -16,12 +19,13 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from zoo.errors import ZooError
 from zoo.evals.core import running
 from zoo.evals.core.decoding import answer_tokens, answers
+from zoo.evals.core.haystack import ANSWER_PREFIX, NEEDLE, TASK
 from zoo.evals.core.result import Result, Row
 from zoo.evals.core.statistics import proportion
 from zoo.evals.core.text import bos_ids, encode
@@ -39,6 +43,7 @@ def evaluate(
     pairs: Sequence[int] = (30,),
     samples: int = 20,
     seed: int = 0,
+    form: str = "list",
     batch_tokens: int | None = None,
 ) -> Result:
     """Accuracy of `model` on `samples` lists of each size.
@@ -47,37 +52,51 @@ def evaluate(
         pairs: numbers of pairs in a list.
         samples: lists per size; list i depends on (size, i, seed) alone.
         seed: seed of keys, values and questions.
+        form: "list" or "needles", how the pairs are written.
         batch_tokens: prompt tokens that run together; it changes the speed, not the scores.
 
     Returns:
         Rows `accuracy` at {"pairs": n}: the answer starts with the value. Binomial standard errors, Wilson intervals.
 
     Raises:
-        ZooError: no tokenizer, more pairs than there are keys, or a list beyond the model's length.
+        ZooError: no tokenizer, an unknown form, more pairs than there are keys, or a list beyond the model's length.
     """
     started = time.perf_counter()
     running.require_tokenizer(tokenizer, "key_value")
     running.check_positive("key_value", samples=samples)
+    if form not in FORMS:
+        raise ZooError(f"task 'key_value': form {form!r} is unknown; choose one of: {', '.join(FORMS)}")
     for size in pairs:
         if not 1 <= size <= len(keys()):
             raise ZooError(f"task 'key_value': pairs was {size}; it must be between 1 and {len(keys())}")
-    rows = [_score(model, tokenizer, size, samples, seed, batch_tokens) for size in pairs]
-    options = {"pairs": list(pairs), "samples": samples}
+    rows = [_score(model, tokenizer, size, samples, seed, form, batch_tokens) for size in pairs]
+    options = {"pairs": list(pairs), "samples": samples, "form": form}
     return running.build("key_value", VERSION, model, rows, started=started, options=options, seed=seed)
 
 
-def prompt(pairs: int, sample: int, seed: int) -> tuple[str, str]:
+def prompt(pairs: int, sample: int, seed: int, form: str = "list") -> tuple[str, str]:
     """The list and question of one sample, and the value that answers it."""
     rng = random.Random(f"key_value/{pairs}/{sample}/{seed}")
     chosen = rng.sample(keys(), pairs)
     values = [str(rng.randint(1_000_000, 9_999_999)) for _ in chosen]
     asked = rng.randrange(pairs)
-    lines = [f"{key}: {value}" for key, value in zip(chosen, values, strict=True)]
-    return "\n".join([*lines, "", f"{chosen[asked]}:"]), values[asked]
+    return FORMS[form](list(zip(chosen, values, strict=True)), chosen[asked]), values[asked]
 
 
-def _score(model: Any, tokenizer: Any, pairs: int, samples: int, seed: int, batch_tokens: int | None) -> Row:
-    texts, values = zip(*(prompt(pairs, sample, seed) for sample in range(samples)), strict=True)
+def _list(entries: Sequence[tuple[str, str]], key: str) -> str:
+    return "\n".join([*(f"{name}: {value}" for name, value in entries), "", f"{key}:"])
+
+
+def _needles(entries: Sequence[tuple[str, str]], key: str) -> str:
+    context = "\n".join(NEEDLE.format(key=name, value=value) for name, value in entries)
+    return TASK.format(context=context, key=key) + ANSWER_PREFIX.format(key=key)
+
+
+FORMS: dict[str, Callable[[Sequence[tuple[str, str]], str], str]] = {"list": _list, "needles": _needles}
+
+
+def _score(model: Any, tokenizer: Any, pairs: int, samples: int, seed: int, form: str, batch_tokens: int | None) -> Row:
+    texts, values = zip(*(prompt(pairs, sample, seed, form) for sample in range(samples)), strict=True)
     bos = bos_ids(tokenizer)
     prompts = [bos + encode(tokenizer, text) for text in texts]
     max_new = answer_tokens(tokenizer, values, SLACK)

@@ -80,7 +80,7 @@ def vary(folder: Path, changes: dict[str, Any]) -> None:
 
 
 def start(name: str, parameter: nn.Parameter, old: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
-    """The converted tensor where it still fits, else the identity of a convolution, ones of a norm, or a fresh start."""
+    """The converted tensor where it still fits, else an identity convolution, a norm of ones, or a random start."""
     if name in old and old[name].shape == parameter.shape:
         return old[name]
     fresh = parameter.data

@@ -160,8 +160,9 @@ def test_device_map(tiny_llama: Path, zoo_checkpoint: Path, device_map: Any) -> 
 
 
 def test_layers_may_lie_on_disk(tiny_llama: Path, tmp_path: Path) -> None:
-    places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.layers.2": "disk"}
-    places |= {"model.norm": "cpu", "model.ropes": "cpu", "lm_head": "cpu"}
+    depth = json.loads((tiny_llama / "config.json").read_text())["num_hidden_layers"]
+    places = {f"model.layers.{index}": "disk" if index else "cpu" for index in range(depth)}
+    places |= dict.fromkeys(("model.embed_tokens", "model.norm", "model.ropes", "lm_head"), "cpu")
     model = zoo.from_pretrained(tiny_llama, device_map=places, offload_folder=str(tmp_path / "offload"))
     assert torch.equal(logits(model), logits(zoo.from_pretrained(tiny_llama)))
 
@@ -248,6 +249,20 @@ def test_transformers_own_save_is_read_too(tmp_path: Path) -> None:
     model = zoo.create("transformer")
     model.save_pretrained(tmp_path / "out")
     assert torch.equal(logits(zoo.from_pretrained(tmp_path / "out")), logits(model))
+
+
+def test_a_masked_model_comes_back_as_one(tmp_path: Path) -> None:
+    from zoo.architectures.core.modeling import ZooForMaskedLM
+
+    model = ZooForMaskedLM(zoo.config("transformer")).eval()
+    zoo.save(model, tmp_path / "out")
+    again = zoo.from_pretrained(tmp_path / "out")
+    assert type(again) is ZooForMaskedLM
+    assert torch.equal(logits(again), logits(model))
+    changed = torch.arange(40)[None]
+    changed[0, -1] = 5
+    with torch.no_grad():
+        assert not torch.equal(again(changed).logits[:, 0], logits(model)[:, 0]), "it looks ahead"
 
 
 def test_a_created_transformer_can_be_published(tmp_path: Path) -> None:

@@ -85,7 +85,7 @@ def run(out: Path, teacher: str = TEACHER, budget: Budget | None = None) -> dict
         results = compare(models, out, budget)
     screen.print(table(list(results.items())))
     write_html(list(results.items()), out / "index.html")
-    screen.print("\n".join(findings(results, models)))
+    screen.print("\n".join(findings(results)))
     screen.print(f"wrote {out / 'index.html'}")
     return results
 
@@ -112,10 +112,10 @@ def compare(models: Mapping[str, Path], out: Path, budget: Budget) -> dict[str, 
     }
 
 
-def findings(results: Mapping[str, Mapping[str, Any]], models: Mapping[str, Path]) -> list[str]:
+def findings(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """The two numbers that the demo is about, in words."""
     kl = {name: result["fidelity"].value("kl") for name, result in results.items()}
-    state = {name: load(path).state_bytes(STATE_AT) for name, path in models.items()}
+    state = {name: result["efficiency"].value("state_bytes", length=STATE_AT) for name, result in results.items()}
     return [
         f"KL to the teacher: swapped {kl['swapped']:.4g}, healed {kl['healed']:.4g} nats per token: "
         f"{kl['healed'] / kl['swapped']:.3f} of the swapped model's",

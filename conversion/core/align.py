@@ -89,18 +89,23 @@ class Align(nn.Module):
 
     def __init__(self, student: nn.Module, teacher: nn.Module, layers: Sequence[int]) -> None:
         super().__init__()
-        self.student, self.layers = student, list(layers)
-        self.teacher = (teacher,)  # in a tuple: not a submodule, so neither trained nor saved
+        self.student: Any = student
+        self.layers = list(layers)
+        self.teacher: tuple[Any] = (teacher,)  # in a tuple: not a submodule, so neither trained nor saved
 
     def forward(self, ids: Tensor) -> Tensor:
-        with torch.no_grad(), torch.autocast(ids.device.type, enabled=False), watched(*self.teacher, self.layers) as recorder:
+        with (
+            torch.no_grad(),
+            torch.autocast(ids.device.type, enabled=False),
+            watched(*self.teacher, self.layers) as recorder,
+        ):
             self.teacher[0].model(input_ids=ids, use_cache=False)
         errors = [self.error(layer, recorder.seen[layer]) for layer in self.layers]
         return torch.stack(errors).mean()
 
     def error(self, layer: int, seen: Seen) -> Tensor:
-        mixer = self.student.model.layers[layer].mixer  # type: ignore[union-attr,index]
-        return relative_error(main_output(mixer(seen.x, seen.ctx, None)), seen.y)  # type: ignore[operator]
+        mixer = self.student.model.layers[layer].mixer
+        return relative_error(main_output(mixer(seen.x, seen.ctx, None)), seen.y)
 
 
 @torch.no_grad()
@@ -118,7 +123,7 @@ def calibrate(align: Align, ids: Tensor) -> None:
     with inputs_of(projections[0]) as wanted, inputs_of(projections[1]) as found:
         align(ids)
     for i in wanted.keys() & found.keys():
-        weight = getattr(align.student.model.layers[i].mixer, "o_norm", None)  # type: ignore[union-attr,index]
+        weight = getattr(align.student.model.layers[i].mixer, "o_norm", None)
         if weight is not None and weight.dim() == 2 and weight.numel() == wanted[i].shape[-1] == found[i].shape[-1]:
             weight.mul_(head_scale(wanted[i], len(weight)) / head_scale(found[i], len(weight)))
 

@@ -95,7 +95,7 @@ def sampled(teacher: Any, tokenizer: Any, plan: Plan, needed: int) -> Refreshed:
         if not file.exists():
             rows = sample_rows(teacher, start, size, plan.length, plan.seed + number, plan.sample_batch)
             save_array(file, rows.astype(token_dtype(tokenizer)))
-        return np.load(file)  # type: ignore[no-any-return]
+        return np.load(file)
 
     return Refreshed(make, size, plan.pool_uses, plan.seed)
 

@@ -30,7 +30,7 @@ def chunked_kl(
     With several chunks the backward pass computes each chunk's logits again.
     """
     if len(student) <= chunk:
-        return kl(student, teacher, student_head, teacher_head) / len(student)  # type: ignore[no-any-return]
+        return kl(student, teacher, student_head, teacher_head) / len(student)
     parts = zip(student.split(chunk), teacher.split(chunk), strict=True)
     sums = [checkpoint(kl, s, t, student_head, teacher_head, use_reentrant=False) for s, t in parts]
     return torch.stack(sums).sum() / len(student)
@@ -47,18 +47,19 @@ class Distill(nn.Module):
 
     def __init__(self, student: nn.Module, teacher: nn.Module, chunk: int = 8192, compiled: bool = False) -> None:
         super().__init__()
-        self.student, self.chunk = student, chunk
-        self.teacher = (teacher,)  # in a tuple: not a submodule, so neither trained nor saved
+        self.student: Any = student
+        self.chunk = chunk
+        self.teacher: tuple[Any] = (teacher,)  # in a tuple: not a submodule, so neither trained nor saved
         self.kl = torch.compile(kl_sum, dynamic=False) if compiled else kl_sum
 
     def forward(self, ids: Tensor) -> Tensor:
         (teacher,) = self.teacher
         with torch.no_grad(), torch.autocast(ids.device.type, enabled=False):
-            target = teacher.model(input_ids=ids, use_cache=False).last_hidden_state  # type: ignore[operator,union-attr]
-        hidden = self.student.model(input_ids=ids, use_cache=False).last_hidden_state  # type: ignore[operator,union-attr]
+            target = teacher.model(input_ids=ids, use_cache=False).last_hidden_state
+        hidden = self.student.model(input_ids=ids, use_cache=False).last_hidden_state
         heads = self.student.logits, self.frozen_head
-        return chunked_kl(hidden.flatten(0, 1), target.flatten(0, 1), *heads, self.chunk, self.kl)  # type: ignore[arg-type]
+        return chunked_kl(hidden.flatten(0, 1), target.flatten(0, 1), *heads, self.chunk, self.kl)
 
     def frozen_head(self, hidden: Tensor) -> Tensor:
         with torch.no_grad():
-            return self.teacher[0].logits(hidden)  # type: ignore[operator,no-any-return]
+            return self.teacher[0].logits(hidden)

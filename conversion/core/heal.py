@@ -1,4 +1,4 @@
-"""Healing: train a converted model against its teacher, first each mixer alone, then the whole on the teacher's logits."""
+"""Healing: train a converted model against its teacher, first each mixer alone, then everything on the logits."""
 
 from __future__ import annotations
 
@@ -86,7 +86,9 @@ def heal(
     cuda = accelerator.device.type == "cuda"
     names = tokenizer(folder)
     source = load_teacher(teacher, cuda)
-    given = dict(data=data, align_tokens=align_tokens, distill_tokens=distill_tokens, seed=seed, length=length)
+    given: dict[str, Any] = dict(
+        data=data, align_tokens=align_tokens, distill_tokens=distill_tokens, seed=seed, length=length
+    )
     given |= dict(batch_size=batch_size, lr_align=lr_align, lr_new=lr_new, lr_copied=lr_copied, **settings)
     chosen = choose(cuda, source.config.max_position_embeddings, given)
     model = load_student(folder, source)
@@ -227,7 +229,9 @@ def load_student(folder: Path, teacher: ZooForCausalLM) -> ZooForCausalLM:
     for name in ("vocab_size", "hidden_size", "num_hidden_layers"):
         ours, theirs = getattr(model.config, name), getattr(teacher.config, name)
         if ours != theirs:
-            raise ZooError(f"the student has {name} {ours}, the teacher {theirs}; give the student's own source as teacher")
+            raise ZooError(
+                f"the student has {name} {ours}, the teacher {theirs}; give the student's own source as teacher"
+            )
     return model
 
 
@@ -262,4 +266,5 @@ def healing_section(report: HealReport) -> str:
         **{f"{name} loss": f"{curve[0][1]:.4g} to {curve[-1][1]:.4g}" for name, curve in report.curves.items()},
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
-    return f"## Healing\n\nTrained against its base model; `healing.json` has the settings and the curves.\n\n| | |\n|---|---|\n{table}"
+    head = "Trained against its base model; `healing.json` has the settings and the curves."
+    return f"## Healing\n\n{head}\n\n| | |\n|---|---|\n{table}"

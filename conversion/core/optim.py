@@ -52,7 +52,9 @@ def parameter_groups(
         if rate > 0:
             decay = weight_decay if decays(name, parameter) else 0.0
             groups.setdefault((rate, decay), []).append(parameter)
-    return [{"params": group, "lr": rate, "peak": rate, "weight_decay": decay} for (rate, decay), group in groups.items()]
+    return [
+        {"params": group, "lr": rate, "peak": rate, "weight_decay": decay} for (rate, decay), group in groups.items()
+    ]
 
 
 def decays(name: str, parameter: nn.Parameter) -> bool:

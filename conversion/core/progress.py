@@ -1,4 +1,4 @@
-"""What a run shows while it trains: a bar per stage with loss and tokens per second, or lines where there is no terminal."""
+"""What a run shows while it trains: a bar per stage with loss and tokens per second; without a terminal, lines."""
 
 from __future__ import annotations
 
@@ -24,7 +24,12 @@ class Meter(AbstractContextManager["Meter"]):
 
     def __init__(self, stages: Sequence[Stage], tokens_per_step: int, shown: bool = True) -> None:
         self.console = Console(stderr=True, quiet=not shown)
-        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"), TimeRemainingColumn())
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeRemainingColumn(),
+        )
         self.bars = Progress(*columns, console=self.console, disable=not (shown and self.console.is_terminal))
         totals = {stage.name: stage.steps * tokens_per_step for stage in stages}
         self.tasks = {name: self.bars.add_task(name, total=total, note="") for name, total in totals.items()}

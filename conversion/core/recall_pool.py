@@ -62,7 +62,9 @@ def recall_pool(tokenizer: Any, filler: str, count: int, length: int, seed: int,
         sizes = [count // jobs + (n < count % jobs) for n in range(jobs)]
         for n, size in enumerate(sizes):
             start = n * len(filler) // jobs
-            (folder / f"{n}.txt").write_text(filler[start : start + max(len(filler) // jobs, 200_000)], encoding="utf-8")
+            (folder / f"{n}.txt").write_text(
+                filler[start : start + max(len(filler) // jobs, 200_000)], encoding="utf-8"
+            )
             job = {"end": tokenizer.eos_token_id, "count": size, "length": length, "seed": seed * 1000 + n}
             (folder / f"{n}.json").write_text(json.dumps(job))
         run_workers(folder, jobs, workers or os.cpu_count() or 1)

@@ -75,7 +75,9 @@ class Stream:
 
     def __init__(self, tokens: Array, length: int, seed: int, start: Sequence[int] = ()) -> None:
         if len(tokens) < length:
-            raise ZooError(f"the text has {len(tokens)} tokens; one row takes {length}: give more text or a shorter length")
+            raise ZooError(
+                f"the text has {len(tokens)} tokens; one row takes {length}: give more text or a shorter length"
+            )
         self.tokens, self.length, self.seed, self.start = tokens, length, seed, list(start)
         self.count = max(1, len(tokens) // length - 1)  # one row of slack for the offset
         self.slack = len(tokens) - self.count * length
@@ -99,7 +101,9 @@ class Pool:
         self.rows, self.seed = rows, seed
 
     def take(self, indices: Array) -> Array:
-        picked = [permuted(len(self.rows), self.seed, int(i) // len(self.rows))[int(i) % len(self.rows)] for i in indices]
+        picked = [
+            permuted(len(self.rows), self.seed, int(i) // len(self.rows))[int(i) % len(self.rows)] for i in indices
+        ]
         return self.rows[picked].astype(np.int64)
 
 

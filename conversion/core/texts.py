@@ -40,7 +40,9 @@ def read_text(path: Path) -> str:
             f"data {str(path)!r} does not exist; give a text file, a directory, datasets:NAME, recall or self"
         ) from None
     except (UnicodeDecodeError, lzma.LZMAError, EOFError) as error:
-        raise ZooError(f"data {path} cannot be read as UTF-8 text ({error}); give a text file or an .xz of one") from None
+        raise ZooError(
+            f"data {path} cannot be read as UTF-8 text ({error}); give a text file or an .xz of one"
+        ) from None
     if not text.strip():
         raise ZooError(f"data {path} is empty; give a file that holds text")
     return text
@@ -74,7 +76,9 @@ def dataset_documents(name: str, characters: int) -> Iterator[str]:
     try:
         rows = datasets.load_dataset(repository, split=rest[0] if rest else "train", streaming=True)
         for row in rows:
-            column = "text" if "text" in row else next((key for key, value in row.items() if isinstance(value, str)), None)
+            column = (
+                "text" if "text" in row else next((key for key, value in row.items() if isinstance(value, str)), None)
+            )
             if column is None:
                 raise ZooError(f"data {name!r} has no column of text; it has {', '.join(row)}")
             yield row[column]
@@ -151,7 +155,7 @@ def text_tokens(name: str, tokenizer: Any, needed: int, seed: int, cache: Path) 
     if not file.exists():
         texts = documents(name, tokenizer.eos_token or "", characters)
         save_array(file, tokenize(selection(texts, characters, seed), tokenizer))
-    return np.load(file, mmap_mode="r")  # type: ignore[no-any-return]
+    return np.load(file, mmap_mode="r")
 
 
 def fingerprint(name: str, tokenizer: Any, *rest: Any) -> str:

@@ -37,10 +37,10 @@ def answers(
         prompts: token ids.
         expected: per prompt, the string that answers it.
         max_new: most tokens to generate.
-        batch_tokens: prompt tokens per batch (default: 16384 on CPU, 262144 on GPU).
+        batch_tokens: prompt tokens per batch (default: 16384 on CPU, 131072 on GPU).
     """
     device = running.device_of(model)
-    limit = batch_tokens or (262144 if device.type == "cuda" else 16384)
+    limit = batch_tokens or (131072 if device.type == "cuda" else 16384)
     found = [""] * len(prompts)
     with running.evaluating(model):
         batches = list(_batches(prompts, limit))

@@ -42,7 +42,7 @@ def attention(
 ) -> Any:
     """Attention of every query over the keys it sees.
 
-    A key sees to it that p_k <= p_q (causal) and that it is local, or one of the sink tokens, or on the stride:
+    A key is visible when it is not later than the query (`causal`) and is local, a sink token, or on the stride.
 
     Args:
         q: [B, Tq, H, K]; k: [B, Tk, Hk, K]; v: [B, Tk, Hk, V]. Query head h uses key head h // (H // Hk).

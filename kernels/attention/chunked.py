@@ -118,9 +118,11 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | str | None, scale: flo
     """seen: None, "causal" or a mask [B or 1, Tq, Tk] whose rows all see something."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     bias = seen[:, None] if isinstance(seen, Tensor) else None
-    grouped = q.shape[1] != k.shape[1]
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1 and bias is not None:  # torch's memory-saving kernels take a mask or groups, not both
+        k, v, groups = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1), 1
     o = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=bias, is_causal=isinstance(seen, str), scale=scale, enable_gqa=grouped
+        q, k, v, attn_mask=bias, is_causal=isinstance(seen, str), scale=scale, enable_gqa=groups > 1
     )
     return o.transpose(1, 2)
 

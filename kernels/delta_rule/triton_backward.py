@@ -33,8 +33,8 @@ from zoo.kernels.delta_rule.triton_tiles import (
 
 @triton.jit
 def scan_backward(
-    q, k, beta, z, sums, norms, do, dr, leaving, dfinal, dinitial,
-    cu_seqlens, first_chunk, length, chunks, rows, H, HV, tiles, scale,
+    q, k, beta, z, sums, q_norms, k_norms, do, dr, leaving, dfinal, dinitial,
+    cu_seqlens, first_chunk, length, chunks, H, HV, tiles, scale,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     DT: tl.constexpr, PRECISION: tl.constexpr,
     PACKED: tl.constexpr, DECAY: tl.constexpr, NORM: tl.constexpr, INITIAL: tl.constexpr, FINAL: tl.constexpr,
@@ -48,7 +48,7 @@ def scan_backward(
     begin, size, chunk = sequence_rows(n, length, chunks, cu_seqlens, first_chunk, PACKED)
     number = n.to(tl.int64) * HV + head
     if FINAL:
-        d_state = load_state(dfinal, number, column, K, V, BK, BV)
+        d_state = load_state(dfinal, number, 1, column, K, V, BK, BV)
     else:
         d_state = tl.zeros([BK, BV], tl.float32)
     total = tl.cdiv(size, C)
@@ -63,8 +63,8 @@ def scan_backward(
         grad = load_rows(do + head * V, row, count, HV * V, column, V, C, BV).to(DT)
         inverse = load_rows(z + head * C, row, count, HV * C, 0, C, C, C).to(DT)
         strength = load_gate(beta, row, count, HV, head, C)
-        q_norm = load_norm(norms, row, count, HV, head, C, NORM) * scale
-        k_norm = load_norm(norms + rows * HV, row, count, HV, head, C, NORM)
+        q_norm = load_norm(q_norms, row, count, HV, head, C, NORM) * scale
+        k_norm = load_norm(k_norms, row, count, HV, head, C, NORM)
         sum, last = load_sums(sums, row, count, HV, head, C, DECAY)
         from_start = tl.exp(sum.to(tl.float32))
         to_end = tl.exp((last - sum).to(tl.float32))
@@ -86,8 +86,8 @@ def scan_backward(
 
 @triton.jit
 def gradients(
-    q, k, beta, sums, norms, y, entering, leaving, do, dr, dq, dk, dv, dbeta, ddecay,
-    starts, counts, length, chunks, rows, H, HV, scale,
+    q, k, beta, sums, q_norms, k_norms, y, entering, leaving, do, dr, dq, dk, dv, dbeta, ddecay,
+    starts, counts, length, chunks, H, HV, scale,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     DT: tl.constexpr, PRECISION: tl.constexpr,
     PACKED: tl.constexpr, DECAY: tl.constexpr, NORM: tl.constexpr,
@@ -112,8 +112,8 @@ def gradients(
         grad = load_rows(do + head * V, row, count, HV * V, column, V, C, BV).to(DT)
         right = load_rows(dr + head * V, row, count, HV * V, column, V, C, BV).to(DT)
         errors = load_rows(y + head * V, row, count, HV * V, column, V, C, BV).to(DT)
-        before = load_state(entering, number, column, K, V, BK, BV).to(DT)
-        after = load_state(leaving, number, column, K, V, BK, BV).to(DT)
+        before = load_state(entering, number, count, column, K, V, BK, BV).to(DT)
+        after = load_state(leaving, number, count, column, K, V, BK, BV).to(DT)
         d_query += tl.dot(grad, tl.trans(before), input_precision=PRECISION)
         d_read += tl.dot(right, tl.trans(before), input_precision=PRECISION)
         d_write += tl.dot(errors, tl.trans(after), input_precision=PRECISION)
@@ -129,40 +129,46 @@ def gradients(
     r = tl.arange(0, C)
     tl.store(dbeta + (row + r) * HV + head, d_strength, mask=r < count)
 
-    q_norm = load_norm(norms, row, count, HV, head, C, NORM)
-    k_norm = load_norm(norms + rows * HV, row, count, HV, head, C, NORM)
+    q_norm = load_norm(q_norms, row, count, HV, head, C, NORM)
+    k_norm = load_norm(k_norms, row, count, HV, head, C, NORM)
     sum, last = load_sums(sums, row, count, HV, head, C, DECAY)
     from_start = tl.exp(sum.to(tl.float32))
     written = k_norm * strength
     queries = load_rows(q + key_head * K, row, count, H * K, 0, K, C, BK).to(DT)
     keys = load_rows(k + key_head * K, row, count, H * K, 0, K, C, BK).to(DT)
+    wide_q = queries.to(tl.float32)
+    wide_k = keys.to(tl.float32)
     inside = decay_between(sum, count, C, DECAY, False) * written[None, :]
-    outputs = (outputs * inside * (scale * q_norm)[:, None]).to(DT)
+    outputs = outputs * inside * (scale * q_norm)[:, None]
+    # No decay lies between a token and itself: these terms stay out of the sums that must cancel.
+    own = tl.sum(tl.where(r[:, None] == r[None, :], outputs, 0.0), 1)
+    outputs = tl.where(r[:, None] > r[None, :], outputs, 0.0).to(DT)
     solves = tl.where(r[:, None] > r[None, :], solves * inside * written[:, None], 0.0).to(DT)
     d_query = d_query * (scale * q_norm * from_start)[:, None] + tl.dot(outputs, keys, input_precision=PRECISION)
     d_read = d_read * (written * from_start)[:, None] + tl.dot(solves, keys, input_precision=PRECISION)
     inside = decay_between(sum, count, C, DECAY, True) * written[:, None]
+    inside = tl.where(r[:, None] < r[None, :], inside, 0.0)
     outputs_t = (outputs_t * inside * (scale * q_norm)[None, :]).to(DT)
-    solves_t = tl.where(r[:, None] < r[None, :], solves_t * inside * written[None, :], 0.0).to(DT)
+    solves_t = (solves_t * inside * written[None, :]).to(DT)
     d_write = d_write * (written * tl.exp((last - sum).to(tl.float32)))[:, None]
-    wide_q = queries.to(tl.float32)
-    wide_k = keys.to(tl.float32)
     kept = tl.sum(tl.sum(wide_k * d_write, 1), 0)
     d_write += tl.dot(outputs_t, queries, input_precision=PRECISION)
     d_write -= tl.dot(solves_t, keys, input_precision=PRECISION)
 
-    # d_read so far is minus the gradient.
-    own_query = tl.sum(wide_q * d_query, 1)
-    own_read = tl.sum(wide_k * d_read, 1)
-    own_write = tl.sum(wide_k * d_write, 1)
-    d_key = d_write - d_read
+    # d_read is minus the gradient.
+    by_query = tl.sum(wide_q * d_query, 1)
+    by_key = tl.sum(wide_k * d_write, 1)
+    by_read = tl.sum(wide_k * d_read, 1)
     if DECAY:
-        d_sum = own_query - own_read - own_write
+        d_sum = by_query - by_read - by_key
         later = tl.where((r[:, None] >= r[None, :]) & (r < count)[:, None], d_sum[:, None], 0.0)
         d_decay = tl.sum(later, 0) + (kept + tl.exp(last.to(tl.float32)) * tl.sum(carried, 0))
         tl.store(ddecay + (row + r) * HV + head, d_decay, mask=r < count)
+    d_query += own[:, None] * wide_k
+    d_key = d_write - d_read + own[:, None] * wide_q
     if NORM:
-        d_query -= (q_norm * q_norm * own_query)[:, None] * wide_q
-        d_key -= (k_norm * k_norm * (own_write - own_read))[:, None] * wide_k
+        pair = own * tl.sum(wide_q * wide_k, 1)
+        d_query -= (q_norm * q_norm * (by_query + pair))[:, None] * wide_q
+        d_key -= (k_norm * k_norm * (by_key - by_read + pair))[:, None] * wide_k
     store_rows(dq + head * K, d_query, row, count, HV * K, 0, K, C, BK)
     store_rows(dk + head * K, d_key, row, count, HV * K, 0, K, C, BK)

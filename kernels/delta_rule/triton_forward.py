@@ -7,7 +7,7 @@ so y = x - Z (beta x) with Z = N (I + diag(beta) N)^-1, strictly lower triangula
 part of the inverse is never rounded, and beta = 0 needs no division. The writes are beta y.
 
 Shapes: as in triton_tiles; z [B, T, HV, C], y [B, T, HV, V], entering [chunks, HV, K, V], sums [B, T, HV] (fp64),
-norms [2, B, T, HV] (of q, of k). q and k enter products unrounded: norms, decays and beta scale rows and columns.
+q_norms and k_norms [B, T, HV]. q and k enter products unrounded: norms, decays and beta scale rows and columns.
 """
 
 import triton
@@ -85,8 +85,8 @@ def _merge_blocks(z, n, beta, SIZE: tl.constexpr, C: tl.constexpr, PRECISION: tl
 
 @triton.jit
 def prepare(
-    q, k, beta, decay, z, sums, norms,
-    starts, counts, length, chunks, rows, H, HV,
+    q, k, beta, decay, z, sums, q_norms, k_norms,
+    starts, counts, length, chunks, H, HV,
     K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
     PACKED: tl.constexpr, DECAY: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
@@ -101,8 +101,8 @@ def prepare(
     n = tl.dot(keys.to(DT), tl.trans(keys.to(DT)), input_precision=PRECISION)
     if NORM:
         queries = load_rows(q + key_head * K, row, count, H * K, 0, K, C, BK)
-        _store_norm(queries, norms, row, count, HV, head, C)
-        factor = _store_norm(keys, norms + rows * HV, row, count, HV, head, C)
+        _store_norm(queries, q_norms, row, count, HV, head, C)
+        factor = _store_norm(keys, k_norms, row, count, HV, head, C)
         n = n * factor[:, None] * factor[None, :]
     r = tl.arange(0, C)
     n = tl.where(r[:, None] > r[None, :], n * decay_between(sum, count, C, DECAY, False), 0.0)
@@ -116,8 +116,8 @@ def prepare(
 
 @triton.jit
 def scan(
-    k, v, beta, z, sums, norms, y, entering, initial, final,
-    cu_seqlens, first_chunk, length, chunks, rows, H, HV, tiles,
+    k, v, beta, z, sums, k_norms, y, entering, initial, final,
+    cu_seqlens, first_chunk, length, chunks, H, HV, tiles,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     DT: tl.constexpr, PRECISION: tl.constexpr,
     PACKED: tl.constexpr, DECAY: tl.constexpr, NORM: tl.constexpr, INITIAL: tl.constexpr,
@@ -131,7 +131,7 @@ def scan(
     begin, size, chunk = sequence_rows(n, length, chunks, cu_seqlens, first_chunk, PACKED)
     number = n.to(tl.int64) * HV + head
     if INITIAL:
-        state = load_state(initial, number, column, K, V, BK, BV)
+        state = load_state(initial, number, 1, column, K, V, BK, BV)
     else:
         state = tl.zeros([BK, BV], tl.float32)
     for i in range(0, tl.cdiv(size, C)):
@@ -143,7 +143,7 @@ def scan(
         values = load_rows(v + head * V, row, count, HV * V, column, V, C, BV).to(tl.float32)
         inverse = load_rows(z + head * C, row, count, HV * C, 0, C, C, C).to(DT)
         strength = load_gate(beta, row, count, HV, head, C)
-        norm = load_norm(norms + rows * HV, row, count, HV, head, C, NORM)
+        norm = load_norm(k_norms, row, count, HV, head, C, NORM)
         sum, last = load_sums(sums, row, count, HV, head, C, DECAY)
         from_start = norm * tl.exp(sum.to(tl.float32))
         to_end = norm * strength * tl.exp((last - sum).to(tl.float32))
@@ -157,8 +157,8 @@ def scan(
 
 @triton.jit
 def output(
-    q, k, beta, sums, norms, y, entering, o,
-    starts, counts, length, chunks, rows, H, HV, tiles, scale,
+    q, k, beta, sums, q_norms, k_norms, y, entering, o,
+    starts, counts, length, chunks, H, HV, tiles, scale,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     DT: tl.constexpr, PRECISION: tl.constexpr,
     PACKED: tl.constexpr, DECAY: tl.constexpr, NORM: tl.constexpr,
@@ -172,11 +172,11 @@ def output(
     row, count = chunk_rows(chunk, length, chunks, starts, counts, C, PACKED)
     queries = load_rows(q + key_head * K, row, count, H * K, 0, K, C, BK).to(DT)
     keys = load_rows(k + key_head * K, row, count, H * K, 0, K, C, BK).to(DT)
-    state = load_state(entering, chunk.to(tl.int64) * HV + head, column, K, V, BK, BV).to(DT)
+    state = load_state(entering, chunk.to(tl.int64) * HV + head, count, column, K, V, BK, BV).to(DT)
     errors = load_rows(y + head * V, row, count, HV * V, column, V, C, BV).to(DT)
     strength = load_gate(beta, row, count, HV, head, C)
-    q_norm = load_norm(norms, row, count, HV, head, C, NORM) * scale
-    k_norm = load_norm(norms + rows * HV, row, count, HV, head, C, NORM) * strength
+    q_norm = load_norm(q_norms, row, count, HV, head, C, NORM) * scale
+    k_norm = load_norm(k_norms, row, count, HV, head, C, NORM) * strength
     sum, _ = load_sums(sums, row, count, HV, head, C, DECAY)
     scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * q_norm[:, None] * k_norm[None, :]
     scores = scores * decay_between(sum, count, C, DECAY, False)

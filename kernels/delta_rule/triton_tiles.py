@@ -56,12 +56,12 @@ def store_rows(x, value, row, count, stride, column, D: tl.constexpr, C: tl.cons
 
 
 @triton.jit
-def load_state(x, number, column, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):
-    """[BK, BV] of state `number` (64-bit) in an array of [K, V]."""
+def load_state(x, number, count, column, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):
+    """[BK, BV] of state `number` (64-bit) in an array of [K, V]; that of an empty chunk was never written."""
     r = tl.arange(0, BK)
     c = column + tl.arange(0, BV)
     place = x + number * (K * V) + r[:, None] * V + c[None, :]
-    return tl.load(place, mask=(r < K)[:, None] & (c < V)[None, :], other=0.0)
+    return tl.load(place, mask=((r < K) & (r * 0 < count))[:, None] & (c < V)[None, :], other=0.0)
 
 
 @triton.jit

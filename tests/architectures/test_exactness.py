@@ -46,9 +46,7 @@ SIZES: dict[str, Any] = dict(
 )
 
 
-def ours(
-    reference: PreTrainedModel, decoder: DecoderConfig, state: dict[str, Tensor], attention: str
-) -> ZooForCausalLM:
+def ours(decoder: DecoderConfig, state: dict[str, Tensor], attention: str) -> ZooForCausalLM:
     config = ZooConfig.from_decoder(decoder, "test")
     model = ZooForCausalLM._from_config(config, attn_implementation=attention).eval()
     model.load_state_dict(state, strict=True)

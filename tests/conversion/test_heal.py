@@ -76,7 +76,9 @@ def kl(teacher: Path, student: Path) -> float:
     """Nats per token on tokens that no run has seen."""
     ids = torch.randint(1, 257, (16, 32), generator=torch.Generator().manual_seed(99))
     with torch.no_grad():
-        p, q = (from_pretrained(x, dtype=torch.float32)(input_ids=ids).logits.log_softmax(-1) for x in (teacher, student))
+        p, q = (
+            from_pretrained(x, dtype=torch.float32)(input_ids=ids).logits.log_softmax(-1) for x in (teacher, student)
+        )
     return float(F.kl_div(q, p, log_target=True, reduction="sum") / ids.numel())
 
 
@@ -124,9 +126,7 @@ def test_the_output_is_a_whole_checkpoint_with_the_students_dtypes(student: Path
     assert [path.name for path in healed.parent.iterdir()] == ["out"]
 
 
-def test_align_trains_every_new_parameter_and_no_other(
-    teacher: Path, student: Path, text: str, tmp_path: Path
-) -> None:
+def test_align_trains_every_new_parameter_and_no_other(teacher: Path, student: Path, text: str, tmp_path: Path) -> None:
     heal(teacher, student, tmp_path / "out", data=text, lr_align=0.05, **{**SMALL, "distill_tokens": 0})
     record = json.loads((student / "zoo_conversion.json").read_text())
     before, after = weights(student), weights(tmp_path / "out")

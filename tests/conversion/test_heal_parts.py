@@ -142,7 +142,7 @@ def test_a_small_budget_sees_many_documents() -> None:
     books = [f"book {n}\n\n" + "word " * 40_000 for n in range(10)]
     chosen = texts.selection(books, 400_000, seed=0)
     assert sum(map(len, chosen)) < 600_000
-    assert len({piece for piece in chosen}) > 1
+    assert len(set(chosen)) > 1
 
 
 @pytest.mark.parametrize("name", ["missing.txt", "datasets-missing/", "missing.xz"])
@@ -249,7 +249,7 @@ class Table(torch.nn.Module):
 
 
 def test_samples_follow_the_models_distribution(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sampling, "StaticCache", lambda **kwargs: None)
+    monkeypatch.setattr(sampling, "DynamicCache", lambda **kwargs: None)
     torch.manual_seed(0)
     logits = torch.randn(5, 5)
     rows = sampling.sample_rows(Table(logits), [0], 400, 50, seed=1, batch=100)
@@ -261,7 +261,7 @@ def test_samples_follow_the_models_distribution(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_the_same_seed_gives_the_same_samples(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sampling, "StaticCache", lambda **kwargs: None)
+    monkeypatch.setattr(sampling, "DynamicCache", lambda **kwargs: None)
     table = Table(torch.zeros(9, 9))
     a, b, c = (sampling.sample_rows(table, [0], 4, 20, seed, 4).tolist() for seed in (1, 1, 2))
     assert a == b != c

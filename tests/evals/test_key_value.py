@@ -33,6 +33,16 @@ def test_the_list_holds_the_asked_pair_once_and_distinct_keys() -> None:
     assert key_value.prompt(30, 1, 0) != (text, value) != key_value.prompt(30, 0, 1)
 
 
+def test_the_same_pairs_as_needles(needle_oracle: Any, pair_oracle: Any, tokenizer: Any) -> None:
+    arguments: dict[str, Any] = {"pairs": [12], "samples": 5, "form": "needles"}
+    assert key_value.evaluate(needle_oracle(), tokenizer, **arguments).value("accuracy") == 1.0
+    as_list, as_needles = (key_value.prompt(12, 0, 0, form) for form in ("list", "needles"))
+    assert as_list[1] == as_needles[1]
+    assert as_needles[0].count("One of the special magic numbers for") == 12
+    with pytest.raises(ZooError, match="form 'table' is unknown; choose one of: list, needles"):
+        key_value.evaluate(pair_oracle(), tokenizer, form="table")
+
+
 def test_the_batch_changes_nothing(pair_oracle: Any, tokenizer: Any) -> None:
     whole, single = (key_value.evaluate(pair_oracle(300), tokenizer, batch_tokens=size) for size in (None, 1))
     assert whole.rows == single.rows
