@@ -27,6 +27,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from zoo.architectures.core.mixer import Mixer
 from zoo.architectures.core.modeling import ZooForCausalLM
 from zoo.conversion.core.convert import RECORD, convert
 from zoo.conversion.core.heal import heal
@@ -41,7 +42,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # ---- models ---------------------------------------------------------------------------------------------------------
 def load(folder: str | Path) -> Any:
     """bf16 on a GPU, as stored; fp32 on a CPU, where bf16 is slow."""
-    return from_pretrained(folder, dtype=None if DEVICE == "cuda" else torch.float32).to(DEVICE).eval()
+    options = {} if DEVICE == "cuda" else {"dtype": torch.float32}
+    return from_pretrained(folder, **options).to(DEVICE).eval()
 
 
 def assignments(entries: list[str]) -> dict[str, Any]:
@@ -117,7 +119,7 @@ def divergence(model: Any, teacher: Any, args: argparse.Namespace) -> float:
     return float(found["fidelity"].value("kl"))
 
 
-class Nothing(nn.Module):
+class Nothing(Mixer):
     """A mixer that adds nothing to the residual stream."""
 
     def forward(self, x: Tensor, ctx: Any, cache: Any = None) -> Tensor:

@@ -1,6 +1,6 @@
 """Which implementation of an op runs a call.
 
-A backend is a module of an op's package (`reference.py`, `chunked.py`, `triton.py` where there is one) with two
+A backend is a module of an op's package (`reference.py`, `chunked.py`, where there is one `triton.py` or `eager.py`) with two
 functions that take the op's validated arguments in one fixed order: `supports(*args) -> None | reason` and
 `run(*args)`. The automatic choice is the fastest backend that supports the call. A pin (the `backend` keyword, then
 `use`, then the variable ZOO_KERNELS) is never replaced silently: a pinned backend that cannot run the call raises its
@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-FASTEST_FIRST = ("triton", "chunked", "reference")
+FASTEST_FIRST = ("triton", "chunked", "eager", "reference")
 
 # Process-wide and not a context variable: the backward pass recomputes checkpointed layers in threads of its own.
 _pins: list[str] = []

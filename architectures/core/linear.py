@@ -20,6 +20,9 @@ from zoo.architectures.core.rope import apply_rope
 from zoo.errors import ZooError
 from zoo.kernels.linear_attention import linear_attention, linear_attention_step
 
+# Attention averages values, and an average is small: an output norm that starts at one would be several times too loud.
+NORM_START = 0.1
+
 
 def recur(
     q: Tensor,

@@ -162,10 +162,8 @@ class Attention(Mixer):
             softcap=self.args.softcap,
             scale=self.args.scale,
             cu_seqlens=ctx.cu_seqlens,
-            backend="reference" if ctx.eager else None,
-        )
-        assert isinstance(o, Tensor)
-        o = o.flatten(-2)
+            backend="eager" if ctx.eager else None,
+        ).flatten(-2)
         return self.o_proj(o if gate is None else o * torch.sigmoid(gate))
 
     def _visible(

@@ -20,7 +20,7 @@ from transformers import initialization
 from zoo.architectures.core import mixer
 from zoo.architectures.core.cache import LayerCache
 from zoo.architectures.core.config import DecoderConfig, Norm
-from zoo.architectures.core.linear import check_norm, check_width
+from zoo.architectures.core.linear import NORM_START, check_norm, check_width
 from zoo.architectures.core.mixer import Context, Mixer, grouped, keep_fp32, wide, wide_dtype
 from zoo.architectures.core.norms import make_norm
 from zoo.architectures.core.plan import AttentionSpec, Init, MixerPlan
@@ -130,7 +130,7 @@ class GatedDeltaNet(Mixer):
             Init(target="g_proj.weight", shape=(count * d, spec.hidden_size), kind="zeros"),
             # silu(1.278) = 1: the gate starts open and constant, with a gradient
             Init(target="g_proj.bias", shape=(count * d,), kind="constant", options={"value": 1.27846}),
-            Init(target="o_norm", shape=(count, d), kind="ones"),
+            Init(target="o_norm", shape=(count, d), kind="constant", options={"value": NORM_START}),
         ]
         return MixerPlan(args=args, rows=transferred_rows(spec, heads), inits=tuple(inits))
 

@@ -19,6 +19,7 @@ from zoo.architectures.core import mixer
 from zoo.architectures.core.cache import LayerCache
 from zoo.architectures.core.config import DecoderConfig
 from zoo.architectures.core.linear import (
+    NORM_START,
     Projected,
     check_norm,
     check_sizes,
@@ -131,7 +132,7 @@ class GatedLinearAttention(Projected):
             Init(target="g_proj.weight", shape=(count * d, spec.hidden_size), kind="zeros"),
             # silu(1.278) = 1: the gate starts open and constant, with a gradient
             Init(target="g_proj.bias", shape=(count * d,), kind="constant", options={"value": 1.27846}),
-            Init(target="o_norm", shape=(count, d), kind="ones"),
+            Init(target="o_norm", shape=(count, d), kind="constant", options={"value": NORM_START}),
         ]
         return MixerPlan(args=args, rows=transferred_rows(spec, heads), inits=tuple(inits))
 

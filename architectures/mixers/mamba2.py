@@ -24,6 +24,7 @@ from zoo.architectures.core import mixer
 from zoo.architectures.core.cache import LayerCache
 from zoo.architectures.core.config import DecoderConfig
 from zoo.architectures.core.linear import (
+    NORM_START,
     RotatedKeys,
     check_norm,
     check_sizes,
@@ -189,7 +190,7 @@ def _inits(spec: AttentionSpec, heads: int) -> tuple[Init, ...]:
         Init(target="z_proj.weight", shape=(inner, width), kind="zeros"),
         # silu(1.278) = 1: the gate starts open and constant, with a gradient
         Init(target="z_proj.bias", shape=(inner,), kind="constant", options={"value": 1.27846}),
-        Init(target="norm_weight", shape=(inner,), kind="ones"),
+        Init(target="norm_weight", shape=(inner,), kind="constant", options={"value": NORM_START}),
     )
 
 

@@ -17,7 +17,7 @@ LICENCE_FIELDS = ("license", "license_name", "license_link")
 TEXT = """
 # {name}
 
-Converted with [hybrid-zoo](https://pypi.org/project/hybrid-zoo) from `{source}`: {layers}. Weights that have a place in
+Converted with hybrid-zoo from `{source}`: {layers}. Weights that have a place in
 the new mixers were transferred; {new} of {total} tensors are new and start near a no-op. Without healing
 (`zoo heal`), expect it to be worse than its source.
 

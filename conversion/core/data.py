@@ -6,7 +6,8 @@ N rows, L tokens per row.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import numpy as np
 from zoo.conversion.core.recall_pool import recall_pool
 from zoo.conversion.core.rows import Array, Mixture, Part, Pool, Refreshed, Rows, Stream, needed_rows, parse
 from zoo.conversion.core.sampling import sample_rows
-from zoo.conversion.core.texts import fingerprint, opening, prefix, save_array, text_tokens, token_dtype
+from zoo.conversion.core.texts import cached, fingerprint, opening, prefix, text_tokens, token_dtype
 from zoo.errors import ZooError
 
 FILLER = 4_000_000  # characters of text among which needles are hidden
@@ -32,6 +33,7 @@ class Plan:
         cache: directory for tokens and pools.
         pool_tokens, pool_uses: of `self`: tokens sampled at a time, and how often each row is used.
         sample_batch: rows sampled together.
+        say: told what takes time.
     """
 
     length: int
@@ -39,8 +41,9 @@ class Plan:
     seed: int
     cache: Path
     pool_tokens: int = 131_072
-    pool_uses: int = 4
-    sample_batch: int = 256
+    pool_uses: int = 6
+    sample_batch: int = 128
+    say: Callable[[str], None] = field(default=lambda text: None)
 
 
 def check(data: str) -> list[Part]:
@@ -74,6 +77,7 @@ def mixture(parts: list[Part], teacher: Any, tokenizer: Any, plan: Plan) -> Mixt
     for part in parts:
         if is_text(part.name):
             wanted = (needed[part.name] + 2) * plan.length
+            plan.say(f"tokenising {part.name}")
             tokens = text_tokens(part.name, tokenizer, wanted, plan.seed, plan.cache)
             sources[part.name] = Stream(tokens, plan.length, plan.seed, opening(tokenizer))
         elif part.name == "self":
@@ -91,11 +95,12 @@ def sampled(teacher: Any, tokenizer: Any, plan: Plan, needed: int) -> Refreshed:
     key = fingerprint("self", tokenizer, weights, plan.length, size, plan.seed)
 
     def make(number: int) -> Array:
-        file = plan.cache / f"self-{key}-{number}.npy"
-        if not file.exists():
+        def draw() -> Array:
+            plan.say(f"sampling {size * plan.length:,} tokens from the teacher")
             rows = sample_rows(teacher, start, size, plan.length, plan.seed + number, plan.sample_batch)
-            save_array(file, rows.astype(token_dtype(tokenizer)))
-        return np.load(file)
+            return rows.astype(token_dtype(tokenizer))
+
+        return cached(plan.cache / f"self-{key}-{number}.npy", draw)
 
     return Refreshed(make, size, plan.pool_uses, plan.seed)
 
@@ -104,13 +109,14 @@ def recalled(teacher: Any, tokenizer: Any, plan: Plan, needed: int, sources: dic
     """Recall rows whose filler is the run's own text."""
     filler = filler_text(teacher, tokenizer, plan, sources)
     key = fingerprint("recall", tokenizer, filler, needed, plan.length, plan.seed)
-    file = plan.cache / f"recall-{key}.npy"
-    if not file.exists():
-        rows = recall_pool(tokenizer, filler, needed, plan.length, plan.seed)
-        start = opening(tokenizer)
+
+    def write() -> Array:
+        plan.say(f"writing {needed * plan.length:,} tokens of recall documents")
+        rows, start = recall_pool(tokenizer, filler, needed, plan.length, plan.seed), opening(tokenizer)
         rows[:, : len(start)] = start
-        save_array(file, rows.astype(token_dtype(tokenizer)))
-    return Pool(np.load(file, mmap_mode="r"), plan.seed)
+        return rows.astype(token_dtype(tokenizer))
+
+    return Pool(cached(plan.cache / f"recall-{key}.npy", write), plan.seed)
 
 
 def filler_text(teacher: Any, tokenizer: Any, plan: Plan, sources: dict[str, Rows]) -> str:

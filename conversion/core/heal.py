@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, PartialState
 from torch import nn
 
 from zoo.architectures.core.checkpoint import Checkpoint, read_json
@@ -64,7 +65,7 @@ def heal(
         out: the directory to write. Until it is whole, the run lives in `OUT.partial`.
         data: a text file (`.xz` too), a directory of them, `datasets:NAME[:SPLIT]`, `recall` (documents that ask for
             what they said before), `self` (sampled from the teacher), or shares of several: `"books.txt,recall=0.4"`.
-        align_tokens, distill_tokens: budgets; by default 10M and 50M on a GPU, 100k and 400k on a CPU.
+        align_tokens, distill_tokens: budgets; by default 10M and 50M on a GPU, 60k and 240k on a CPU.
         resume: go on from `OUT.partial`; everything else must be as it was.
         seed: of the data's order.
         length: tokens per row. batch_size: rows per step.
@@ -84,46 +85,48 @@ def heal(
     parts, new = sources.check(data), new_parameters(folder)
     accelerator = make_accelerator(device)
     cuda = accelerator.device.type == "cuda"
-    names = tokenizer(folder)
     source = load_teacher(teacher, cuda)
-    given: dict[str, Any] = dict(
-        data=data, align_tokens=align_tokens, distill_tokens=distill_tokens, seed=seed, length=length
+    given: dict[str, Any] = dict(data=data, align_tokens=align_tokens, distill_tokens=distill_tokens, seed=seed)
+    given |= dict(
+        length=length, batch_size=batch_size, lr_align=lr_align, lr_new=lr_new, lr_copied=lr_copied, **settings
     )
-    given |= dict(batch_size=batch_size, lr_align=lr_align, lr_new=lr_new, lr_copied=lr_copied, **settings)
     chosen = choose(cuda, source.config.max_position_embeddings, given)
-    model = load_student(folder, source)
-    work = Work(out)
+    if chosen.batch_size % accelerator.num_processes:
+        raise ZooError(
+            f"batch_size was {chosen.batch_size}; it must be a multiple of {accelerator.num_processes} processes"
+        )
+    model, names, work = load_student(folder, source), tokenizer(folder), Work(out)
     if accelerator.is_main_process:
         work.open(out, {**asdict(chosen), "student": str(folder)}, resume)
     accelerator.wait_for_everyone()
-    with Meter(chosen.stages, chosen.batch_size * chosen.length, progress and accelerator.is_main_process) as meter:
-        meter.say(f"preparing {chosen.rows * chosen.length:,} tokens of {data}")
-        plan = sources.Plan(
-            length=chosen.length,
-            total=chosen.rows,
-            seed=seed,
-            cache=Path(cache) if cache else work.folder / "cache",
-            pool_tokens=chosen.pool_tokens,
-            pool_uses=chosen.pool_uses,
-        )
-        source.to(accelerator.device)
-        model.to(accelerator.device)
-        with fast_products(cuda):
-            mixture = prepare(parts, source, names, plan, None if resume else work)
-            trainer = Trainer(model, new, mixture, chosen.loop(cuda), work, accelerator)
-            train(trainer, source, chosen, cuda if compile is None else compile, meter)
-    report = HealReport(
-        settings=asdict(chosen),
-        curves=trainer.progress.curves,
-        tokens=trainer.progress.rows * chosen.length,
-        seconds=trainer.progress.seconds,
-        device=device_name(accelerator.device),
-    )
+    source.to(accelerator.device)
+    model.to(accelerator.device)
+    shown = progress and accelerator.is_main_process
+    with Meter(chosen.stages, chosen.batch_size * chosen.length, shown) as meter, fast_products(cuda):
+        plan = data_plan(chosen, Path(cache) if cache else work.folder / "cache", meter)
+        mixture = prepare(parts, source, names, plan, None if resume else work)
+        trainer = Trainer(model, new, mixture, chosen.loop(cuda), work, accelerator)
+        train(trainer, source, chosen, cuda if compile is None else compile, meter)
+    report = make_report(trainer, chosen)
     if accelerator.is_main_process:
         write(model, folder, out, report)
         work.remove()
     accelerator.wait_for_everyone()
     return report
+
+
+def data_plan(chosen: Settings, cache: Path, meter: Meter) -> sources.Plan:
+    """What the run asks of its data."""
+    return sources.Plan(
+        length=chosen.length,
+        total=chosen.rows,
+        seed=chosen.seed,
+        cache=cache,
+        pool_tokens=chosen.pool_tokens,
+        pool_uses=chosen.pool_uses,
+        sample_batch=chosen.sample_batch,
+        say=meter.say,
+    )
 
 
 def prepare(parts: list[Part], teacher: ZooForCausalLM, names: Any, plan: sources.Plan, work: Work | None) -> Mixture:
@@ -134,6 +137,17 @@ def prepare(parts: list[Part], teacher: ZooForCausalLM, names: Any, plan: source
         if work is not None:
             work.remove()
         raise
+
+
+def make_report(trainer: Trainer, chosen: Settings) -> HealReport:
+    """What a finished run did."""
+    return HealReport(
+        settings=asdict(chosen),
+        curves=trainer.progress.curves,
+        tokens=trainer.progress.rows * chosen.length,
+        seconds=trainer.progress.seconds,
+        device=device_name(trainer.accelerator.device),
+    )
 
 
 def train(trainer: Trainer, teacher: ZooForCausalLM, chosen: Settings, compiled: bool, meter: Meter) -> None:
@@ -147,7 +161,8 @@ def train(trainer: Trainer, teacher: ZooForCausalLM, chosen: Settings, compiled:
             mixers = [student.model.layers[i].mixer for i in layers]
             objective = Align(student, teacher, layers)
             if trainer.fresh:
-                calibrate(objective, trainer.rows(0, chosen.batch_size))
+                with trainer.accelerator.autocast():
+                    calibrate(objective, trainer.rows(0, chosen.batch_size))
             with compiled_modules(mixers if compiled else []):
                 trainer.run(0, align, objective, meter)
         else:
@@ -191,6 +206,8 @@ def make_accelerator(device: str | None) -> Accelerator:
     if device == "cuda" and not torch.cuda.is_available():
         raise ZooError("device was 'cuda'; torch finds no GPU: leave device out, or use cpu")
     cuda = torch.cuda.is_available() and device != "cpu"
+    if PartialState._shared_state and (PartialState().device.type == "cuda") != cuda:
+        AcceleratorState._reset_state(reset_partial_state=True)  # an earlier run of this process was on another device
     return Accelerator(mixed_precision="bf16" if cuda else "no", cpu=not cuda)
 
 
@@ -266,5 +283,5 @@ def healing_section(report: HealReport) -> str:
         **{f"{name} loss": f"{curve[0][1]:.4g} to {curve[-1][1]:.4g}" for name, curve in report.curves.items()},
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
-    head = "Trained against its base model; `healing.json` has the settings and the curves."
+    head = "Trained against its base model; `healing.json` has settings and curves. Checks above are from before it."
     return f"## Healing\n\n{head}\n\n| | |\n|---|---|\n{table}"

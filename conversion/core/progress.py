@@ -44,7 +44,7 @@ class Meter(AbstractContextManager["Meter"]):
 
     def say(self, text: str) -> None:
         """One line above the bars."""
-        self.console.print(text, highlight=False)
+        self.console.print(text, highlight=False, soft_wrap=True)
 
     def update(self, stage: str, tokens: int, loss: float) -> None:
         """`stage` has seen `tokens`; `loss` is its mean since the last update."""

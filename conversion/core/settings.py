@@ -23,7 +23,7 @@ class Settings:
         warmup, hold: shares of a stage's steps, see `Stage`.
         passes: parts of a batch that run one after the other.
         chunk: tokens whose logits are held at once.
-        pool_tokens, pool_uses: of `self` data, see `data.Plan`.
+        pool_tokens, pool_uses, sample_batch: of `self` data, see `data.Plan`.
     """
 
     data: str
@@ -32,7 +32,7 @@ class Settings:
     length: int
     batch_size: int
     seed: int = 0
-    lr_align: float = 3e-3
+    lr_align: float = 1e-2
     lr_new: float = 2e-3
     lr_copied: float = 1e-3
     weight_decay: float = 0.01
@@ -42,13 +42,14 @@ class Settings:
     passes: int = 1
     chunk: int = 8192
     pool_tokens: int = 131_072
-    pool_uses: int = 4
+    pool_uses: int = 6
+    sample_batch: int = 128
 
     def __post_init__(self) -> None:
         for name in ("align_tokens", "distill_tokens"):
             if getattr(self, name) < 0:
                 raise ZooError(f"{name} was {getattr(self, name)}; it must be 0 (leave the stage out) or more")
-        for name in ("length", "batch_size", "passes", "chunk", "pool_tokens", "pool_uses"):
+        for name in ("length", "batch_size", "passes", "chunk", "pool_tokens", "pool_uses", "sample_batch"):
             least = 2 if name == "length" else 1
             if getattr(self, name) < least:
                 raise ZooError(f"{name} was {getattr(self, name)}; it must be at least {least}")
@@ -100,8 +101,10 @@ def choose(cuda: bool, longest: int, given: dict[str, Any]) -> Settings:
     if length > longest:
         raise ZooError(f"length was {length}; the teacher reads at most {longest} tokens")
     # on two CPU cores a 4M-parameter model takes about five minutes for these budgets
-    small = {"align_tokens": 100_000, "distill_tokens": 400_000, "batch_size": max(1, 2048 // length)}
-    large = {"align_tokens": 10_000_000, "distill_tokens": 50_000_000, "batch_size": max(1, 65_536 // length)}
+    small: dict[str, Any] = {"align_tokens": 60_000, "distill_tokens": 240_000, "batch_size": max(1, 2048 // length)}
+    small |= {"lr_new": 4e-3, "lr_copied": 2e-3}  # few steps: higher rates end lower
+    large = {"align_tokens": 10_000_000, "distill_tokens": 50_000_000, "batch_size": max(1, 32_768 // length)}
+    large |= {"pool_tokens": 4_194_304, "sample_batch": 512}
     return Settings(**{**(large if cuda else small), **values})
 
 

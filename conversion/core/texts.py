@@ -9,12 +9,13 @@ import hashlib
 import lzma
 import os
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock
 from numpy.typing import NDArray
 
 from zoo.conversion.core.recall import encode
@@ -152,10 +153,12 @@ def text_tokens(name: str, tokenizer: Any, needed: int, seed: int, cache: Path) 
     # English takes about 4 characters a token; with 8 even a good tokenizer finds its `needed` tokens in the selection
     characters = 8 * needed
     file = cache / f"text-{fingerprint(name, tokenizer, characters, seed)}.npy"
-    if not file.exists():
-        texts = documents(name, tokenizer.eos_token or "", characters)
-        save_array(file, tokenize(selection(texts, characters, seed), tokenizer))
-    return np.load(file, mmap_mode="r")
+    return cached(
+        file,
+        lambda: tokenize(
+            selection(documents(name, tokenizer.eos_token or "", characters), characters, seed), tokenizer
+        ),
+    )
 
 
 def fingerprint(name: str, tokenizer: Any, *rest: Any) -> str:
@@ -167,9 +170,19 @@ def fingerprint(name: str, tokenizer: Any, *rest: Any) -> str:
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
 
+def cached(file: Path, make: Callable[[], Tokens]) -> Tokens:
+    """The array in `file`, mapped; made first where it is missing, by one process while others wait."""
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(file.with_suffix(".lock")):
+            if not file.exists():
+                save_array(file, make())
+    found: Tokens = np.load(file, mmap_mode="r")
+    return found
+
+
 def save_array(file: Path, array: Tokens) -> None:
-    """Whole or not at all, so that runs may share a cache."""
-    file.parent.mkdir(parents=True, exist_ok=True)
+    """Whole or not at all, so that a run that is killed leaves nothing half written."""
     partial = file.with_name(f"{file.stem}.{os.getpid()}.partial.npy")
     np.save(partial, array)
     partial.replace(file)

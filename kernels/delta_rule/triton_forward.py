@@ -26,6 +26,9 @@ from zoo.kernels.delta_rule.triton_tiles import (
     store_state,
 )
 
+# K and V give the alignment of every address; other numbers would only multiply the compilations.
+SIZES = ["length", "chunks", "H", "HV", "tiles"]
+
 
 @triton.jit
 def _store_norm(x, norms, row, count, heads, head, C: tl.constexpr):
@@ -83,7 +86,7 @@ def _merge_blocks(z, n, beta, SIZE: tl.constexpr, C: tl.constexpr, PRECISION: tl
     return z + tl.dot(middle, right, input_precision=PRECISION)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES[:-1])
 def prepare(
     q, k, beta, decay, z, sums, q_norms, k_norms,
     starts, counts, length, chunks, H, HV,
@@ -114,7 +117,7 @@ def prepare(
     store_rows(z + head * C, result, row, count, HV * C, 0, C, C, C)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def scan(
     k, v, beta, z, sums, k_norms, y, entering, initial, final,
     cu_seqlens, first_chunk, length, chunks, H, HV, tiles,
@@ -155,7 +158,7 @@ def scan(
     store_state(final, state, number, column, K, V, BK, BV)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def output(
     q, k, beta, sums, q_norms, k_norms, y, entering, o,
     starts, counts, length, chunks, H, HV, tiles, scale,

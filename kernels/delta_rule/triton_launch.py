@@ -23,6 +23,11 @@ TILES = {
     "scan_backward": {64: (64, 4, 2), 128: (32, 4, 2), 256: (32, 8, 1)},
     "gradients": {64: (64, 8, 1), 128: (64, 8, 1), 256: (32, 8, 1)},
 }
+# Operands of 4 bytes, where they want other tiles.
+WIDE_TILES = {
+    "output": {64: (32, 4, 1), 128: (32, 4, 1), 256: (32, 4, 1)},
+    "gradients": {64: (32, 4, 1), 128: (32, 4, 1), 256: (32, 8, 1)},
+}
 
 
 class Saved(NamedTuple):
@@ -81,7 +86,8 @@ class Call:
         """Launch `kernel` with one program per chunk or sequence, value head and (where it tiles V) tile."""
         name, width = kernel.fn.__name__, self.q.shape[3]
         block = max(64, launch.power(width))
-        tile, warps, stages = TILES[name][block]
+        tiles_of = TILES if self.dtype == torch.bfloat16 else TILES | WIDE_TILES
+        tile, warps, stages = tiles_of[name][block]
         plan, heads = self.plan, self.beta.shape[2]
         tiled = name != "gradients" and tile > 0
         tile = min(tile, launch.power(self.value_width))

@@ -22,7 +22,8 @@ from zoo.conversion.core.heal import heal, load_student, load_teacher
 from zoo.conversion.core.optim import new_layers
 from zoo.errors import ZooError
 
-SMALL: dict[str, Any] = {"align_tokens": 512, "distill_tokens": 512, "length": 32, "batch_size": 4, "progress": False}
+TOKENS = {"align_tokens": 512, "distill_tokens": 512, "length": 32, "batch_size": 4}
+SMALL: dict[str, Any] = {**TOKENS, "progress": False, "device": "cpu"}
 
 
 @pytest.fixture(scope="module")
@@ -166,6 +167,17 @@ def test_calibration_gives_each_mixer_the_scale_of_its_attention(teacher: Path, 
     torch.testing.assert_close(scales[0], scales[1], rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.gpu
+def test_a_gpu_heals_compiled_and_in_bf16(teacher: Path, student: Path, text: str, tmp_path: Path) -> None:
+    options = {**SMALL, "device": "cuda", "distill_tokens": 8192, "lr_new": 5e-3, "lr_copied": 5e-3}
+    report = heal(teacher, student, tmp_path / "out", data=text, **options)
+    curve = report.curves["distill"]
+    assert report.device != "cpu" and curve[-1][1] < 0.8 * curve[0][1]
+    assert {n: t.dtype for n, t in weights(student).items()} == {
+        n: t.dtype for n, t in weights(tmp_path / "out").items()
+    }
+
+
 # ---- interruption ---------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("steps", [3, 7])  # of 4 + 4: once in each stage
 def test_a_resumed_run_ends_where_an_uninterrupted_one_does(
@@ -246,7 +258,7 @@ def test_only_converted_models_are_healed_and_nothing_is_overwritten(
 def test_a_trained_story_teller_is_healed(shared: Path, tmp_path: Path) -> None:
     source, data = shared / "checkpoints" / "stories260K", shared / "corpora" / "tinystories"
     convert(source, tmp_path / "student", mixer="gated_delta_net", keep=[4], fresh_process=False)
-    options = {"align_tokens": 20_000, "distill_tokens": 40_000, "length": 256, "progress": False}
+    options = {"align_tokens": 20_000, "distill_tokens": 40_000, "length": 256, "progress": False, "device": "cpu"}
     report = heal(source, tmp_path / "student", tmp_path / "out", data=str(data), **options)
     curve = report.curves["distill"]
     assert curve[-1][1] < 0.5 * curve[0][1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import lzma
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -161,6 +162,25 @@ def test_empty_and_broken_texts_are_refused(tmp_path: Path) -> None:
     for name in ("blank.txt", "broken.xz", "folder"):
         with pytest.raises(ZooError):
             texts.documents(str(tmp_path / name), "", 100)
+
+
+def test_a_data_set_is_read_as_far_as_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_dataset(name: str, split: str, streaming: bool) -> Any:
+        assert (name, split, streaming) == ("org/name", "test", True)
+        return ({"id": n, "story": "x" * 10} for n in range(100))
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    assert texts.documents("datasets:org/name:test", "", 35) == ["x" * 10] * 4
+
+
+def test_a_data_set_that_cannot_be_loaded_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_dataset(*args: Any, **kwargs: Any) -> Any:
+        raise ConnectionError("no network\nat all")
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    with pytest.raises(ZooError, match="cannot be loaded .no network.; check its name") as error:
+        texts.documents("datasets:org/name", "", 35)
+    assert "\n" not in str(error.value)
 
 
 # ---- recall rows ----------------------------------------------------------------------------------------------------
