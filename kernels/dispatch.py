@@ -1,6 +1,6 @@
 """Which implementation of an op runs a call.
 
-A backend is a module of an op's package (`reference.py`, `chunked.py`, where there is one `triton.py` or `eager.py`) with two
+A backend is a module of an op's package (`reference.py`, `chunked.py`, some `triton.py` or `eager.py`) with two
 functions that take the op's validated arguments in one fixed order: `supports(*args) -> None | reason` and
 `run(*args)`. The automatic choice is the fastest backend that supports the call. A pin (the `backend` keyword, then
 `use`, then the variable ZOO_KERNELS) is never replaced silently: a pinned backend that cannot run the call raises its

@@ -5,7 +5,7 @@ B rows, T tokens, D hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -40,25 +40,6 @@ def main_output(output: Any) -> Tensor:
     """The hidden states of a mixer that may also write values for later layers."""
     y: Tensor = output[0] if isinstance(output, tuple) else output
     return y
-
-
-@contextmanager
-def inputs_of(modules: Mapping[int, nn.Module]) -> Iterator[dict[int, Tensor]]:
-    """The last input `[B, T, C]` of each module, by its key."""
-    seen: dict[int, Tensor] = {}
-
-    def watch(key: int) -> Any:
-        def record(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-            seen[key] = inputs[0]
-
-        return record
-
-    hooks = [module.register_forward_pre_hook(watch(key)) for key, module in modules.items()]
-    try:
-        yield seen
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 @contextmanager
@@ -106,28 +87,3 @@ class Align(nn.Module):
     def error(self, layer: int, seen: Seen) -> Tensor:
         mixer = self.student.model.layers[layer].mixer
         return relative_error(main_output(mixer(seen.x, seen.ctx, None)), seen.y)
-
-
-@torch.no_grad()
-def calibrate(align: Align, ids: Tensor) -> None:
-    """Start every output norm `o_norm [H, K]` at the scale of the attention that it replaces, head by head.
-
-    A norm's output has unit scale, an average of values has not: what enters `o_proj` gets the same root mean square in
-    student and teacher, over `ids [B, T]`.
-    """
-    (teacher,) = align.teacher
-    projections = [
-        {i: model.model.layers[i].mixer.o_proj for i in align.layers if hasattr(model.model.layers[i].mixer, "o_proj")}
-        for model in (teacher, align.student)
-    ]
-    with inputs_of(projections[0]) as wanted, inputs_of(projections[1]) as found:
-        align(ids)
-    for i in wanted.keys() & found.keys():
-        weight = getattr(align.student.model.layers[i].mixer, "o_norm", None)
-        if weight is not None and weight.dim() == 2 and weight.numel() == wanted[i].shape[-1] == found[i].shape[-1]:
-            weight.mul_(head_scale(wanted[i], len(weight)) / head_scale(found[i], len(weight)))
-
-
-def head_scale(x: Tensor, heads: int) -> Tensor:
-    """Root mean square of each head, `[B, T, H * K] -> [H, 1]`, never zero."""
-    return x.float().unflatten(-1, (heads, -1)).square().mean((0, 1, 3)).sqrt().clamp(min=1e-6)[:, None]

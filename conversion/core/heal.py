@@ -19,7 +19,7 @@ from zoo.architectures.core.load import from_pretrained, tokenizer
 from zoo.architectures.core.modeling import ZooForCausalLM
 from zoo.architectures.core.shards import atomic_directory, refuse_existing, write_json
 from zoo.conversion.core import data as sources
-from zoo.conversion.core.align import Align, calibrate
+from zoo.conversion.core.align import Align
 from zoo.conversion.core.distill import Distill
 from zoo.conversion.core.optim import new_layers
 from zoo.conversion.core.progress import Meter
@@ -65,7 +65,7 @@ def heal(
         out: the directory to write. Until it is whole, the run lives in `OUT.partial`.
         data: a text file (`.xz` too), a directory of them, `datasets:NAME[:SPLIT]`, `recall` (documents that ask for
             what they said before), `self` (sampled from the teacher), or shares of several: `"books.txt,recall=0.4"`.
-        align_tokens, distill_tokens: budgets; by default 10M and 50M on a GPU, 60k and 240k on a CPU.
+        align_tokens, distill_tokens: budgets; by default 10M and 50M on a GPU, 40k and 160k on a CPU.
         resume: go on from `OUT.partial`; everything else must be as it was.
         seed: of the data's order.
         length: tokens per row. batch_size: rows per step.
@@ -160,9 +160,6 @@ def train(trainer: Trainer, teacher: ZooForCausalLM, chosen: Settings, compiled:
         if align.steps and layers:
             mixers = [student.model.layers[i].mixer for i in layers]
             objective = Align(student, teacher, layers)
-            if trainer.fresh:
-                with trainer.accelerator.autocast():
-                    calibrate(objective, trainer.rows(0, chosen.batch_size))
             with compiled_modules(mixers if compiled else []):
                 trainer.run(0, align, objective, meter)
         else:

@@ -152,11 +152,6 @@ class Trainer:
         start += count * self.accelerator.process_index
         return self.rows(start, start + count)
 
-    @property
-    def fresh(self) -> bool:
-        """Nothing has been trained yet."""
-        return self.progress.stage == self.progress.step == 0
-
     def rows(self, start: int, stop: int) -> Tensor:
         """Rows `[stop - start, L]` of the run on the device."""
         ids = torch.from_numpy(self.mixture.batch(start, stop))
