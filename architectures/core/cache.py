@@ -30,6 +30,7 @@ class _State:
     tensor: Tensor
     kind: Kind
     fill: float
+    room: Tensor | None = None  # what `tensor` is the start of, when keys and values grow in place
 
 
 @dataclass
@@ -99,8 +100,10 @@ class LayerCache(CacheLayerMixin):
     def append(self, name: str, new: Tensor, fill: float = 0) -> Tensor:
         """Grow `name [B, S, ...]` by `new [B, T, ...]` and return all of it (when static: the whole buffer)."""
         if not self.static:
-            old = self.get(name)
-            self.put(name, new if old is None else torch.cat([old, new], dim=1), "kv")
+            if name not in self._states:
+                self.put(name, new, "kv")
+            else:
+                grow(self._states[name], new)
             return self._states[name].tensor
         shape = (new.shape[0], cast(int, self.max_cache_len), *new.shape[2:])
         buffer = self.state(name, shape, new.dtype, "kv", new.device, fill)
@@ -137,7 +140,7 @@ class LayerCache(CacheLayerMixin):
     def _copy_states(self) -> dict[str, _State]:
         copied = {}
         for name, s in self._states.items():
-            grows = s.kind == "kv" and not self.static  # replaced, never written in place
+            grows = s.kind == "kv" and not self.static  # what was written is never written again
             copied[name] = _State(s.tensor if grows else s.tensor.clone(), s.kind, s.fill)
         return copied
 
@@ -230,7 +233,10 @@ class LayerCache(CacheLayerMixin):
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> None:
         for s in self._states.values():
-            s.tensor.copy_(function(s.tensor)) if self.static else setattr(s, "tensor", function(s.tensor))
+            if self.static:
+                s.tensor.copy_(function(s.tensor))
+            else:
+                s.tensor, s.room = function(s.tensor), None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._map(lambda x: x.index_select(0, beam_idx.to(x.device)))
@@ -244,11 +250,26 @@ class LayerCache(CacheLayerMixin):
     def offload(self) -> None:
         for s in self._states.values():
             self._device = s.tensor.device
-            s.tensor = s.tensor.to("cpu", non_blocking=True)
+            s.tensor, s.room = s.tensor.to("cpu", non_blocking=True), None
 
     def prefetch(self) -> None:
         for s in self._states.values():
             s.tensor = s.tensor.to(getattr(self, "_device", s.tensor.device), non_blocking=True)
+
+
+def grow(state: _State, new: Tensor) -> None:
+    """Append `new [B, T, ...]` to `state [B, S, ...]`, in place while there is room, so that a token costs no copy."""
+    old = state.tensor
+    if torch.is_grad_enabled() and (old.requires_grad or new.requires_grad):
+        state.tensor, state.room = torch.cat([old, new], dim=1), None
+        return
+    seen, total = old.shape[1], old.shape[1] + new.shape[1]
+    stale = state.room is not None and state.room.is_inference() and not torch.is_inference_mode_enabled()
+    if state.room is None or stale or state.room.shape[1] < total:
+        state.room = old.new_empty((old.shape[0], total + max(64, total // 8), *old.shape[2:]))
+        state.room[:, :seen] = old
+    state.room[:, seen:total] = new
+    state.tensor = state.room[:, :total]
 
 
 class CacheView:
