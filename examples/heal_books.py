@@ -98,7 +98,8 @@ def start(name: str, parameter: nn.Parameter, old: dict[str, Tensor], dtype: tor
 def measure(model: Any, teacher: Any, args: argparse.Namespace) -> dict[str, Any]:
     """Perplexity, needle, key-value lists and divergence of one model, flat."""
     words = tokenizer(args.teacher)
-    options = {"perplexity": {"length": args.length}, "fidelity": {"length": args.length, "windows": args.windows}}
+    options: dict[str, Any] = {name: {"length": args.length} for name in ("perplexity", "fidelity")}
+    options["fidelity"]["windows"], options["key_value"] = args.windows, {"form": "needles"}
     tasks = ["perplexity", "needle", "key_value", "fidelity"]
     shared: dict[str, Any] = {"data": args.heldout, "lengths": args.lengths, "samples": args.samples}
     found = evaluate(model, words, tasks=tasks, teacher=teacher, options=options, progress=False, **shared)
@@ -111,11 +112,15 @@ def measure(model: Any, teacher: Any, args: argparse.Namespace) -> dict[str, Any
 
 
 def divergence(model: Any, teacher: Any, args: argparse.Namespace) -> float:
-    """KL to the teacher on held-out windows, in nats per token."""
+    """KL to the teacher on the first held-out windows, in nats per token."""
+    text = args.out / "excerpt.txt"
+    if not text.exists():  # the same windows as in `measure`, without reading the whole text for each layer
+        whole = Path(args.heldout).read_text(encoding="utf-8")
+        text.write_text(whole[: 8 * args.windows * args.length], encoding="utf-8")
     options = {"fidelity": {"length": args.length, "windows": args.windows}}
     words = tokenizer(args.teacher)
     shared: dict[str, Any] = {"tasks": ["fidelity"], "options": options, "progress": False}
-    found = evaluate(model, words, teacher=teacher, data=args.heldout, **shared)
+    found = evaluate(model, words, teacher=teacher, data=text, **shared)
     return float(found["fidelity"].value("kl"))
 
 
@@ -198,22 +203,26 @@ def show(results: dict[str, Any]) -> None:
     console.print(layers)
 
 
+def write(folder: Path, results: dict[str, Any]) -> None:
+    (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+
+
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Everything, in order; OUT/results.json is written at the end."""
+    """Everything, in order; OUT/results.json grows as results come."""
     args.out.mkdir(parents=True)
     swapped, window = prepare(args)
     report, seconds = train(args, swapped)
     print(f"healed in {seconds:.0f} s: {report['tokens']:,} tokens, {report['seconds']:.0f} s of training", flush=True)
-    teacher, models = load(args.teacher), {}
-    models["teacher"] = reference(args, teacher)
-    for name in ("window", "swapped", "healed"):
+    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+    results: dict[str, Any] = {"settings": settings, "heal": report, "heal_wall": seconds, "models": {}}
+    teacher, models = load(args.teacher), results["models"]
+    models["teacher"] = {**reference(args, teacher), "perplexity_ratio": 1.0}
+    for name in ("healed", "swapped", "window"):
         models[name] = measure(load(args.out / name), teacher, args)
         models[name]["perplexity_ratio"] = models[name]["perplexity"] / models["teacher"]["perplexity"]
-    models["teacher"]["perplexity_ratio"] = 1.0
-    branches = dead_branches(load(args.out / "healed"), load(window), teacher, args)
-    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
-    results = {"settings": settings, "models": models, "dead_branches": branches, "heal": report, "heal_wall": seconds}
-    (args.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+        write(args.out, results)
+    results["dead_branches"] = dead_branches(load(args.out / "healed"), load(window), teacher, args)
+    write(args.out, results)
     if not args.weights:
         for name in ("swapped", "window"):
             shutil.rmtree(args.out / name)

@@ -11,7 +11,7 @@ import random
 import re
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
@@ -27,6 +27,7 @@ NEEDLE = "One of the special magic numbers for {key} is: {value}."
 DEPTHS = tuple(round(100 * i / 39) for i in range(40))  # percent, RULER's 40 depths
 MAX_CHARS = 4_000_000
 _ROUNDS = 12
+_MOVES = 20  # sentences to try when a long word at the end keeps a prompt from its length
 _PROBE = 5000  # words
 
 
@@ -38,6 +39,11 @@ class Question:
     value: str
     depth: int
     start: int
+
+
+def least(budget: int) -> int:
+    """The shortest prompt that counts as `budget` tokens long: within 1%, or 8 tokens of a short one."""
+    return budget - max(8, budget // 100)
 
 
 class Haystack:
@@ -57,11 +63,32 @@ class Haystack:
         return ids
 
     def prompts(self, questions: Sequence[Question], budget: int) -> list[list[int]]:
-        """Per question the longest prompt of at most `budget` tokens, found to within a few words.
+        """Per question a prompt of at most `budget` tokens that fills it, but for a few.
+
+        A haystack whose next word is too long to fit begins at a later sentence instead.
 
         Raises:
             ZooError: the budget has no room for the needle and its question, or the text is too short for it.
         """
+        asked = list(questions)
+        fitted = self._fit(asked, budget)
+        for _ in range(_MOVES):
+            short = [i for i, ids in enumerate(fitted) if len(ids) < least(budget)]
+            for i in short:
+                asked[i] = replace(asked[i], start=self._later(asked[i].start))
+            for i, ids in zip(short, self._fit([asked[i] for i in short], budget) if short else [], strict=True):
+                fitted[i] = ids
+        if min(map(len, fitted)) < least(budget):
+            have = len(self.words) // 2
+            raise ZooError(f"a haystack of {budget} tokens cannot be filled from {have} words; pass a longer text")
+        return fitted
+
+    def _later(self, start: int) -> int:
+        """Where the sentence after the one at `start` begins."""
+        return self.starts[bisect_right(self.starts, start) % len(self.starts)]
+
+    def _fit(self, questions: Sequence[Question], budget: int) -> list[list[int]]:
+        """The longest prompts found, of at most `budget` tokens."""
         fitted: list[list[int]] = [[] for _ in questions]
         aims = [float(budget - len(ids)) for ids in self._ids(questions, [0] * len(questions))]
         if min(aims) < 0:
@@ -78,7 +105,6 @@ class Haystack:
             open_ = [i for i in open_ if len(fitted[i]) != budget]
             if all(len(fitted[i]) > budget - max(4, budget // 200) for i in open_):
                 break
-        self._check(fitted, budget)
         return fitted
 
     def _ids(self, questions: Sequence[Question], counts: Sequence[int]) -> list[list[int]]:
@@ -89,12 +115,6 @@ class Haystack:
         """How many words from the question's start make about `tokens` tokens."""
         aim = self.before[question.start] + max(0.0, tokens)
         return min(bisect_right(self.before, aim) - 1 - question.start, len(self.words) // 2)
-
-    def _check(self, fitted: Sequence[Sequence[int]], budget: int) -> None:
-        shortest = min(len(ids) for ids in fitted)
-        if shortest < budget - max(8, budget // 100):
-            have = len(self.words) // 2
-            raise ZooError(f"a haystack of {budget} tokens cannot be filled from {have} words; pass a longer text")
 
     def text(self, question: Question, count: int) -> str:
         """The whole prompt over `count` words of haystack, with the needle between two of its sentences."""
