@@ -5,13 +5,15 @@ Shapes: B batch, T tokens, N sequences, H key heads, Hv value heads, K and V hea
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+Parts = Mapping[str, tuple[Sequence[int], str]]  # of a state that is a tuple: name -> shape, axes
 
 _host_values = WeakIdKeyDictionary()
 
@@ -109,9 +111,9 @@ def check_scale(scale: float | None) -> None:
         raise ValueError(f"scale is {type(scale).__name__}; it must be a number or None")
 
 
-def check_length(length: int, cu_seqlens: Tensor | None) -> None:
+def check_length(length: int, cu_seqlens: Tensor | None, name: str = "q") -> None:
     if length < 1 and cu_seqlens is None:
-        raise ValueError("q has T = 0; it must hold at least one token (only packed sequences may be empty)")
+        raise ValueError(f"{name} has T = 0; it must hold at least one token (only packed sequences may be empty)")
 
 
 def check_cu_seqlens(cu_seqlens: Tensor | None, x: Tensor) -> None:
@@ -173,11 +175,38 @@ def check_state(state: Tensor | None, q: Tensor, v: Tensor, cu_seqlens: Tensor |
     check_gate("initial_state", state, q, (n, v.shape[2], q.shape[3], columns), "N Hv K V")
 
 
-def check_one_token(q: Tensor) -> None:
+def check_one_token(q: Tensor, name: str = "q") -> None:
     if q.shape[1] != 1:
-        raise ValueError(f"q has T = {q.shape[1]}; a step takes exactly one token")
+        raise ValueError(f"{name} has T = {q.shape[1]}; a step takes exactly one token")
 
 
 def check_step_state(state: Tensor, q: Tensor, v: Tensor, columns: int) -> None:
     check_tensor("state", state)
     check_gate("state", state, q, (q.shape[0], v.shape[2], q.shape[3], columns), "B Hv K V")
+
+
+def check_tokens(name: str, x: Tensor, cu_seqlens: Tensor | None) -> None:
+    """Floats [B, T, D] with B and D of at least 1, and T too unless sequences are packed along it."""
+    check_float(name, x)
+    check_dims(name, x, "B T D")
+    if x.shape[0] < 1 or x.shape[2] < 1:
+        raise ValueError(f"{name} has shape {list(x.shape)}; B and D must be at least 1")
+    check_length(x.shape[1], cu_seqlens, name)
+    check_cu_seqlens(cu_seqlens, x)
+
+
+def count_sequences(x: Tensor, cu_seqlens: Tensor | None) -> int:
+    """N: the batch, or the packed sequences."""
+    return x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+
+
+def check_states(name: str, states: object, x: Tensor, parts: Parts, optional: bool = True) -> None:
+    """A tuple with one tensor in the state dtype for each of `parts`, in their order; or None, where `optional`."""
+    if states is None and optional:
+        return
+    if not isinstance(states, (tuple, list)) or len(states) != len(parts):
+        found = f"{len(states)} items" if isinstance(states, (tuple, list)) else type(states).__name__
+        raise ValueError(f"{name} is {found}; it must be a tuple of the {len(parts)} tensors ({', '.join(parts)})")
+    for state, (part, (shape, dims)) in zip(states, parts.items(), strict=True):
+        check_shape(f"{part} of {name}", state, shape, dims)
+        check_like(f"{part} of {name}", state, x, state_dtype(x.dtype))

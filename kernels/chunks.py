@@ -24,25 +24,34 @@ class Chunks:
     length: int
     size: int
     count: int
-    slots: Tensor | None = None  # [T] place of each token in the padded array of M * C
+    slots: Tensor | None = None  # [T] or [B, T] place of each token in the padded array of M * C
     sequence: Tensor | None = None  # [M] the sequence of each chunk
     first: Tensor | None = None  # [M] whether a chunk begins its sequence
     last: Tensor | None = None  # [N] last chunk of each sequence
     empty: Tensor | None = None  # [N]
 
-    def split(self, x: Tensor) -> Tensor:
-        """[B, T, H, ...] to [M, B, H, C, ...], zeros where no token is."""
+    def split(self, x: Tensor, fill: float = 0.0) -> Tensor:
+        """[B, T, H, ...] to [M, B, H, C, ...], `fill` where no token is."""
         b, rest, padded = x.shape[0], x.shape[2:], self.count * self.size
         if self.slots is not None:
-            x = x.new_zeros((b, padded, *rest)).index_copy(1, self.slots, x)
+            empty = x.new_full((b, padded, *rest), fill)
+            rows = self.slots.dim() == 2
+            x = empty.scatter(1, _along(self.slots, x), x) if rows else empty.index_copy(1, self.slots, x)
         elif padded > self.length:
-            x = F.pad(x, [0, 0] * len(rest) + [0, padded - self.length])
+            x = F.pad(x, [0, 0] * len(rest) + [0, padded - self.length], value=fill)
         return x.unflatten(1, (self.count, self.size)).transpose(2, 3).transpose(0, 1).contiguous()
 
     def join(self, x: Tensor) -> Tensor:
         """[M, B, H, C, D] back to [B, T, H, D]."""
         x = x.transpose(0, 1).transpose(2, 3).flatten(1, 2)
-        return x[:, : self.length] if self.slots is None else x.index_select(1, self.slots)
+        if self.slots is None:
+            return x[:, : self.length]
+        return x.gather(1, _along(self.slots, x)) if self.slots.dim() == 2 else x.index_select(1, self.slots)
+
+
+def _along(slots: Tensor, x: Tensor) -> Tensor:
+    """[B, T] as an index into x [B, ., ...] along axis 1."""
+    return slots.view(*slots.shape, *[1] * (x.dim() - 2)).expand(*slots.shape, *x.shape[2:])
 
 
 def layout(length: int, cu_seqlens: Tensor | None, size: int = CHUNK) -> Chunks:

@@ -7,7 +7,7 @@ sums, so strong decay neither overflows nor loses digits.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -33,6 +33,9 @@ class NoDecay:
 
     def scores(self, q: Tensor, k: Tensor, *, exclusive: bool = False, diagonal: bool = True) -> Tensor:
         return product(q, k.mT, self.low).tril(0 if diagonal else -1)
+
+    def cross(self, rows: Sequence[Tensor], columns: Sequence[Tensor]) -> list[list[Tensor]]:
+        return [[self.scores(q, k) for k in columns] for q in rows]
 
     def from_start(self, q: Tensor, *, exclusive: bool = False) -> Tensor:
         return q
@@ -74,6 +77,10 @@ class HeadDecay:
         scores = product(q, k.mT, self.low) * self.inclusive
         return scores if diagonal else scores.tril(-1)
 
+    def cross(self, rows: Sequence[Tensor], columns: Sequence[Tensor]) -> list[list[Tensor]]:
+        """`scores` of every one of `rows` with every one of `columns`."""
+        return [[self.scores(q, k) for k in columns] for q in rows]
+
     def from_start(self, q: Tensor, *, exclusive: bool = False) -> Tensor:
         """q times the decay since the chunk began."""
         return q * self._exp(self.sum - self.step if exclusive else self.sum)[..., None]
@@ -105,10 +112,20 @@ class ChannelDecay:
         blocks = own[..., None, None]
         for size, rows, columns in halves(self.step, exclusive):
             low = product(odd(q, size) * rows.exp(), (even(k, size) * columns.exp()).mT, self.low)
-            first, second = pairs(blocks)
-            top = torch.cat([first, torch.zeros_like(low)], -1)
-            blocks = torch.cat([top, torch.cat([low, second], -1)], -2)
+            blocks = _doubled(blocks, low)
         return blocks.squeeze(-3)
+
+    def cross(self, rows: Sequence[Tensor], columns: Sequence[Tensor]) -> list[list[Tensor]]:
+        """As `HeadDecay.cross`. All rows of a token stand together, and all columns: they share its decay."""
+        r, p = len(rows), len(columns)
+        q, k = torch.stack(list(rows), -2), torch.stack(list(columns), -2)
+        blocks, q, k = q @ k.mT, q.flatten(-3, -2), k.flatten(-3, -2)
+        for size, since, until in halves(self.step, False):
+            left = odd(q, size * r) * since.exp().repeat_interleave(r, -2)
+            right = even(k, size * p) * until.exp().repeat_interleave(p, -2)
+            blocks = _doubled(blocks, product(left, right.mT, self.low))
+        together = blocks.squeeze(-3).unflatten(-1, (-1, p)).unflatten(-3, (-1, r))  # [..., C, r, C, p]
+        return [list(row.unbind(-1)) for row in together.unbind(-3)]
 
     def from_start(self, q: Tensor, *, exclusive: bool = False) -> Tensor:
         return q * (_exclusive(self.sum) if exclusive else self.sum).exp()
@@ -135,6 +152,13 @@ Decay = NoDecay | HeadDecay | ChannelDecay
 
 def _exclusive(x: Tensor) -> Tensor:
     return torch.cat([torch.zeros_like(x[..., :1, :]), x[..., :-1, :]], -2)
+
+
+def _doubled(blocks: Tensor, low: Tensor) -> Tensor:
+    """Diagonal blocks [..., n, size, size] joined in pairs with `low` between them: [..., n / 2, 2 size, 2 size]."""
+    first, second = pairs(blocks)
+    top = torch.cat([first, torch.zeros_like(low)], -1)
+    return torch.cat([top, torch.cat([low, second], -1)], -2)
 
 
 def pairs(blocks: Tensor) -> tuple[Tensor, Tensor]:

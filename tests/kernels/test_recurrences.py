@@ -1,4 +1,4 @@
-"""The two recurrences with a matrix state: backends against the token loop, splits, packing, steps, precision.
+"""The recurrences with a matrix state and a decay: backends against the token loop, splits, packing, steps, precision.
 
 Shapes: B batch, T tokens, N sequences, H key heads, Hv value heads, K and V head widths.
 """
@@ -13,10 +13,11 @@ from torch import Tensor
 
 from zoo.kernels import dispatch
 from zoo.kernels.delta_rule import delta_rule, delta_rule_step
+from zoo.kernels.dplr import dplr, dplr_step
 from zoo.kernels.linear_attention import linear_attention, linear_attention_step
 
-OPS = {"linear_attention": linear_attention, "delta_rule": delta_rule}
-STEPS = {"linear_attention": linear_attention_step, "delta_rule": delta_rule_step}
+OPS = {"linear_attention": linear_attention, "delta_rule": delta_rule, "dplr": dplr}
+STEPS = {"linear_attention": linear_attention_step, "delta_rule": delta_rule_step, "dplr": dplr_step}
 BACKENDS = [(op, name) for op in OPS for name in dispatch.backends(op) if name not in ("reference", "triton")]
 FORMS = ["none", "head", "channel", "token head", "token channel"]
 PACKED = [0, 0, 1, 66, 66, 130]
@@ -49,6 +50,9 @@ def inputs(
     }
     if op == "delta_rule":
         made["beta"] = 2 * torch.rand(b, t, hv, dtype=dtype)
+    if op == "dplr":  # as RWKV-7: what is read along a is taken away along b, no more than all of it
+        made["a"] = -torch.nn.functional.normalize(torch.randn(b, t, h, k, dtype=dtype), dim=-1)
+        made["b"] = -made["a"] * torch.rand(b, t, h, k, dtype=dtype)
     return made
 
 
@@ -109,7 +113,7 @@ def test_bf16_products_stay_in_tolerance(op, backend, form, evaluate, assert_clo
         module = f"zoo.kernels.{op}.chunked.low_precision"
         monkeypatch.setattr(module, lambda x: torch.bfloat16)
     tensors = inputs(op, 256, form, strength=0.2, sizes=(2, 2, 32, 32), dtype=torch.float32)
-    tensors = {n: x.bfloat16() if n in "qkv" else x for n, x in tensors.items()}
+    tensors = {n: x.bfloat16() if n in "qkvab" else x for n, x in tensors.items()}
     exact = {n: x if x is None else x.double() for n, x in tensors.items()}
     if op == "delta_rule":
         for side in (tensors, exact):
@@ -208,7 +212,7 @@ def test_autocast_leaves_gates_and_states_in_fp32(op):
     tensors = inputs(op, 70, dtype=torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         o, state = OPS[op](**tensors, output_final_state=True)
-    low = {n: x.bfloat16() if n in "qkv" else x for n, x in tensors.items()}
+    low = {n: x.bfloat16() if n in "qkvab" else x for n, x in tensors.items()}
     expected, _ = OPS[op](**low)
     assert o.dtype == torch.bfloat16 and state.dtype == torch.float32
     assert torch.equal(o, expected)

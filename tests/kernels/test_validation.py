@@ -7,11 +7,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from zoo.kernels import dispatch
+from zoo.kernels import dispatch, test_time_training
 from zoo.kernels.attention import attention
 from zoo.kernels.delta_rule import delta_rule, delta_rule_step
+from zoo.kernels.dplr import dplr
 from zoo.kernels.linear_attention import linear_attention
+from zoo.kernels.mlstm import mlstm
+from zoo.kernels.scan import scan
+from zoo.kernels.selective_scan import selective_scan
 from zoo.kernels.short_conv import short_conv, short_conv_step
+from zoo.kernels.slstm import slstm
+from zoo.kernels.weighted_average import weighted_average
 
 SHAPES = st.lists(st.integers(0, 4), min_size=0, max_size=5).map(tuple)
 
@@ -25,7 +31,44 @@ def without_beta():
     return {name: x for name, x in recurrent().items() if name != "beta"}
 
 
+def with_low_rank():
+    x = torch.randn(1, 4, 2, 3)
+    return without_beta() | {"a": -x, "b": x}
+
+
+def with_gates():
+    return without_beta() | {"input_gate": torch.randn(1, 4, 2), "forget_gate": torch.randn(1, 4, 2)}
+
+
+def gates_alone():
+    x = torch.randn(1, 4, 2, 3)
+    names = ("cell_input", "input_gate", "forget_gate", "output_gate")
+    return dict.fromkeys(names, x) | {"recurrent": torch.randn(4, 2, 3, 3)}
+
+
+def elementwise(*names):
+    return {name: -torch.rand(1, 4, 3) for name in names}
+
+
+def state_space():
+    x = torch.rand(1, 4, 3)
+    return {"x": x, "dt": x, "A": -torch.rand(3, 2), "B": x[..., :2], "C": x[..., :2], "D": torch.randn(3)}
+
+
+def inner_model():
+    weights = {"W1": torch.randn(2, 3, 3), "b1": torch.randn(2, 3)}
+    norm = {"norm_weight": torch.ones(2, 3), "norm_bias": torch.zeros(2, 3)}
+    return without_beta() | {"lr": torch.rand(1, 4, 2), "weights": weights} | norm
+
+
 CALLS = {
+    "scan": (scan, lambda: elementwise("x", "decay")),
+    "selective_scan": (selective_scan, state_space),
+    "weighted_average": (weighted_average, lambda: elementwise("k", "v", "decay")),
+    "test_time_training": (test_time_training.test_time_training, inner_model),
+    "dplr": (dplr, with_low_rank),
+    "mlstm": (mlstm, with_gates),
+    "slstm": (slstm, gates_alone),
     "delta_rule": (delta_rule, recurrent),
     "linear_attention": (linear_attention, without_beta),
     "attention": (attention, without_beta),
