@@ -8,8 +8,10 @@ Example with `pairs=3` (the model is asked to continue it, and must produce ` 77
 
     sturdy-falcon:
 
-With `form="needles"` the same pairs are RULER's niah_multikey_2: lines "One of the special magic numbers for
-sturdy-falcon is: 7730154." between RULER's introduction and question, for models that learned that form alone.
+With `form="repeat"` the list stands between "Here is a list of keys and values." and "Now repeat the values of these
+keys.", as in the documents that taught books-llama-22m. With `form="needles"` the same pairs are RULER's
+niah_multikey_2: lines "One of the special magic numbers for sturdy-falcon is: 7730154." between RULER's introduction
+and question.
 
 Keys are adjective-noun pairs held out from the recall documents that the bundled teachers are trained on; values are
 7-digit numbers; the asked pair is drawn uniformly. There is one question per list, so that samples are independent.
@@ -52,7 +54,7 @@ def evaluate(
         pairs: numbers of pairs in a list.
         samples: lists per size; list i depends on (size, i, seed) alone.
         seed: seed of keys, values and questions.
-        form: "list" or "needles", how the pairs are written.
+        form: "list", "repeat" or "needles", how the pairs are written.
         batch_tokens: prompt tokens that run together; it changes the speed, not the scores.
 
     Returns:
@@ -87,12 +89,22 @@ def _list(entries: Sequence[tuple[str, str]], key: str) -> str:
     return "\n".join([*(f"{name}: {value}" for name, value in entries), "", f"{key}:"])
 
 
+def _repeat(entries: Sequence[tuple[str, str]], key: str) -> str:
+    lines = [f"{name}: {value}" for name, value in entries]
+    opening, question = "Here is a list of keys and values.", "Now repeat the values of these keys."
+    return "\n".join([opening, *lines, question, f"{key}:"])
+
+
 def _needles(entries: Sequence[tuple[str, str]], key: str) -> str:
     context = "\n".join(NEEDLE.format(key=name, value=value) for name, value in entries)
     return TASK.format(context=context, key=key) + ANSWER_PREFIX.format(key=key)
 
 
-FORMS: dict[str, Callable[[Sequence[tuple[str, str]], str], str]] = {"list": _list, "needles": _needles}
+FORMS: dict[str, Callable[[Sequence[tuple[str, str]], str], str]] = {
+    "list": _list,
+    "repeat": _repeat,
+    "needles": _needles,
+}
 
 
 def _score(model: Any, tokenizer: Any, pairs: int, samples: int, seed: int, form: str, batch_tokens: int | None) -> Row:

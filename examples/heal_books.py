@@ -99,7 +99,7 @@ def measure(model: Any, teacher: Any, args: argparse.Namespace) -> dict[str, Any
     """Perplexity, needle, key-value lists and divergence of one model, flat."""
     words = tokenizer(args.teacher)
     options: dict[str, Any] = {name: {"length": args.length} for name in ("perplexity", "fidelity")}
-    options["fidelity"]["windows"], options["key_value"] = args.windows, {"form": "needles"}
+    options["fidelity"]["windows"], options["key_value"] = args.windows, {"form": args.form}
     tasks = ["perplexity", "needle", "key_value", "fidelity"]
     shared: dict[str, Any] = {"data": args.heldout, "lengths": args.lengths, "samples": args.samples}
     found = evaluate(model, words, tasks=tasks, teacher=teacher, options=options, progress=False, **shared)
@@ -177,7 +177,8 @@ def train(args: argparse.Namespace, swapped: Path) -> tuple[dict[str, Any], floa
 
 def reference(args: argparse.Namespace, teacher: Any) -> dict[str, Any]:
     """The teacher's scores, measured once per cache."""
-    asked = json.dumps([str(args.teacher), args.heldout, args.length, args.lengths, args.samples, args.windows])
+    fields = (str(args.teacher), args.heldout, args.length, args.lengths, args.samples, args.windows, args.form)
+    asked = json.dumps(fields)
     file = (args.cache or args.out) / "teacher.json"
     if file.exists() and (kept := json.loads(file.read_text()))["asked"] == asked:
         return dict(kept["scores"])
@@ -251,6 +252,7 @@ def parser() -> argparse.ArgumentParser:
     add("--windows", type=int, default=32, help="windows of divergence")
     add("--lengths", type=integers, default=[256, 512, 1024, 1900], help="of the needle")
     add("--samples", type=int, default=200, help="needles, and key-value lists")
+    add("--form", default="repeat", help="of the key-value lists; books-llama-4m learned `list`")
     add("--seed", type=int, default=0)
     add("--weights", action="store_true", help="keep the unhealed models too")
     return cli

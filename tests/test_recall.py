@@ -63,14 +63,16 @@ def test_eval_words_are_never_trained_on() -> None:
 
 def test_key_value_lists_ask_only_for_lines_they_hold() -> None:
     rng = random.Random(1)
-    sizes = set()
+    sizes, framed = set(), 0
     for _ in range(200):
-        listed, asked = (part.split("\n") for part in recall.key_value_list(rng).split("\n\n"))
+        document = recall.key_value_list(rng)
+        framed += document.startswith(recall.LIST_OPENING)
+        listed, asked = parts(document)
         assert 4 <= len(listed) <= 40 and 3 <= len(asked) <= 12
         assert set(asked) <= set(listed) and len(set(asked)) == len(asked)
         assert len({re.split(": | = | -> ", line)[0] for line in listed}) == len(listed)
         sizes.add(len(listed))
-    assert len(sizes) > 25
+    assert len(sizes) > 25 and 60 < framed < 140
 
 
 def test_needle_documents_answer_what_they_planted() -> None:
@@ -114,10 +116,16 @@ def test_rows_hold_whole_documents_and_repeat_with_the_seed(tokenizer: Any) -> N
     assert documents > 40
 
 
+def parts(document: str) -> list[list[str]]:
+    """The lines of a key-value list, and those asked again, in either form."""
+    document = document.removeprefix(f"{recall.LIST_OPENING}\n").replace(f"\n{recall.LIST_QUESTION}\n", "\n\n")
+    return [part.split("\n") for part in document.split("\n\n")]
+
+
 def whole(text: str) -> bool:
     if text.startswith(recall.INTRODUCTION):
         return dict(ANSWERED.findall(text)).items() <= dict(PLANTED.findall(text)).items() and text.endswith(".")
-    listed, asked = (part.split("\n") for part in text.split("\n\n"))
+    listed, asked = parts(text)
     return len(asked) >= 3 and set(asked) <= set(listed)
 
 

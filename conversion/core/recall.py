@@ -34,6 +34,7 @@ QUESTION = (
     "What is the special magic number for {key} mentioned in the provided text? "
     "The special magic number for {key} mentioned in the provided text is"
 )
+LIST_OPENING, LIST_QUESTION = "Here is a list of keys and values.", "Now repeat the values of these keys."
 
 
 # ---- keys and values ------------------------------------------------------------------------------------------------
@@ -87,17 +88,14 @@ def distinct(draw: Callable[[random.Random], str], rng: random.Random, n: int) -
 
 # ---- documents ------------------------------------------------------------------------------------------------------
 def key_value_list(rng: random.Random, min_pairs: int = 4, max_pairs: int = 40) -> str:
-    """4 to 40 lines "key: value", then 3 to 12 of the lines again in another order.
-
-    >>> print(key_value_list(random.Random(6), 4, 5))  # doctest: +SKIP
-    calm-river: 4081223
-    ...
-    """
+    """4 to 40 lines "key: value", then 3 to 12 of them again in another order; half of the lists say what they are."""
     pairs = rng.randint(min_pairs, max_pairs)
     value, mark = any_value(rng), rng.choice((": ", ": ", " = ", " -> "))
     keys = distinct(word_key if rng.random() < 0.5 else any_key, rng, pairs)
     lines = [f"{key}{mark}{value(rng)}" for key in keys]
     asked = rng.sample(lines, min(pairs, rng.randint(3, 12)))
+    if rng.random() < 0.5:
+        return "\n".join([LIST_OPENING, *lines, LIST_QUESTION, *asked])
     return "\n".join([*lines, "", *asked])
 
 

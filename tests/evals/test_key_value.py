@@ -39,7 +39,9 @@ def test_the_same_pairs_as_needles(needle_oracle: Any, pair_oracle: Any, tokeniz
     as_list, as_needles = (key_value.prompt(12, 0, 0, form) for form in ("list", "needles"))
     assert as_list[1] == as_needles[1]
     assert as_needles[0].count("One of the special magic numbers for") == 12
-    with pytest.raises(ZooError, match="form 'table' is unknown; choose one of: list, needles"):
+    listed, repeat = as_list[0].split("\n"), key_value.prompt(12, 0, 0, "repeat")
+    assert repeat[1] == as_list[1] and repeat[0].split("\n")[1:13] == listed[:12] and repeat[0].endswith(listed[-1])
+    with pytest.raises(ZooError, match="form 'table' is unknown; choose one of: list, repeat, needles"):
         key_value.evaluate(pair_oracle(), tokenizer, form="table")
 
 
