@@ -8,7 +8,8 @@ from zoo import registry
 from zoo.architectures.core.config import DecoderConfig
 from zoo.architectures.core.hub import resolve
 from zoo.architectures.core.load import from_pretrained, save, tokenizer
-from zoo.architectures.core.modeling import ZooConfig, ZooForCausalLM
+from zoo.architectures.core.modeling import ZooForCausalLM
+from zoo.architectures.core.zoo_config import ZooConfig
 from zoo.errors import ZooError
 
 __all__ = ["config", "create", "from_pretrained", "resolve", "save", "tokenizer"]

@@ -1,6 +1,6 @@
 """One cache-layer type for every mixer: named states with a kind, a length, and rollback by replay.
 
-transformers' `generate` builds a `DynamicCache` or `StaticCache`; `adopt` replaces its empty layers by ours.
+transformers' `generate` builds a `DynamicCache` or `StaticCache`; `core/adopt.py` replaces its empty layers by ours.
 
 B batch, S cached tokens.
 """
@@ -9,19 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import (
-    DYNAMIC_LAYER_TYPE_MAPPING,
-    STATIC_LAYER_TYPE_MAPPING,
-    Cache,
-    CacheLayerMixin,
-    DynamicCache,
-)
+from transformers.cache_utils import CacheLayerMixin
 
-Kind = Literal["kv", "ring", "conv", "recurrent", "metadata"]
+from zoo.architectures.core.cache_view import CacheView, Kind
+
 UNSEEN = torch.iinfo(torch.int64).max // 2  # a key position after every query: never visible
 
 
@@ -270,69 +265,3 @@ def grow(state: _State, new: Tensor) -> None:
         state.room[:, :seen] = old
     state.room[:, seen:total] = new
     state.tensor = state.room[:, :total]
-
-
-class CacheView:
-    """A `LayerCache` seen through a name prefix, for layers made of several mixers."""
-
-    def __init__(self, layer: LayerCache | CacheView, prefix: str) -> None:
-        self.layer, self.prefix = layer, prefix
-
-    def _name(self, name: str) -> str:
-        return f"{self.prefix}/{name}"
-
-    def view(self, prefix: str) -> CacheView:
-        return CacheView(self, prefix)
-
-    def state(self, name: str, *args: Any, **kwargs: Any) -> Tensor:
-        return self.layer.state(self._name(name), *args, **kwargs)
-
-    def get(self, name: str) -> Tensor | None:
-        return self.layer.get(self._name(name))
-
-    def put(self, name: str, value: Tensor, kind: Kind = "recurrent") -> None:
-        self.layer.put(self._name(name), value, kind)
-
-    def append(self, name: str, new: Tensor, fill: float = 0) -> Tensor:
-        return self.layer.append(self._name(name), new, fill)
-
-    @property
-    def static(self) -> bool:
-        return self.layer.static
-
-    @property
-    def started(self) -> bool:
-        return self.layer.started
-
-    @property
-    def padded(self) -> bool:
-        return self.layer.padded
-
-    @property
-    def cumulative_length(self) -> int | Tensor:
-        return self.layer.cumulative_length
-
-
-def adopt(cache: Cache | None, layers: int) -> Cache:
-    """`cache` with our layers in it: a new one for None, replacing transformers' own layers while they are empty.
-
-    Raises:
-        ValueError: the cache already holds another model's keys and values.
-    """
-    cache = DynamicCache() if cache is None else cache
-    if len(cache.layers) == layers and all(isinstance(layer, LayerCache) for layer in cache.layers):
-        return cache
-    if any(layer.is_initialized for layer in cache.layers if not isinstance(layer, LayerCache)):
-        raise ValueError("past_key_values was filled by another model; pass an empty cache or None")
-    old = list(cache.layers) or [None] * layers
-    static = type(cache).__name__ == "StaticCache"
-    limits = [layer.max_cache_len if static and layer is not None else None for layer in old]
-    cache.layers = [LayerCache(max_cache_len=limit) for limit in limits[:layers]]
-    cache.layer_class_to_replicate = None
-    return cache
-
-
-def register() -> None:
-    """Make our layer known to transformers under the one word `zoo_recurrent`."""
-    DYNAMIC_LAYER_TYPE_MAPPING["zoo_recurrent"] = LayerCache
-    STATIC_LAYER_TYPE_MAPPING["zoo_recurrent"] = LayerCache

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from zoo import registry
+from zoo.architectures.core.adopt import adopt
 from zoo.architectures.core.block import Block
-from zoo.architectures.core.cache import LayerCache, adopt
+from zoo.architectures.core.cache import LayerCache
 from zoo.architectures.core.config import DecoderConfig
 from zoo.architectures.core.mixer import Context, Phase
 from zoo.architectures.core.norms import make_norm

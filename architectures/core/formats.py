@@ -27,7 +27,7 @@ from zoo.architectures.core.rules import Rule, Step, duplicates, steps
 from zoo.errors import ZooError
 
 if TYPE_CHECKING:
-    from zoo.architectures.core.modeling import ZooConfig
+    from zoo.architectures.core.zoo_config import ZooConfig
 
 # fields of a published config that say nothing about the computation and that ours has too
 CARRIED = ("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range")
@@ -114,7 +114,7 @@ def zoo_config(
     decoder: DecoderConfig, architecture: str, published: Mapping[str, Any], dtype: torch.dtype, source: str
 ) -> ZooConfig:
     """Our config of a published one; `source_format` remembers the owner, for saving back."""
-    from zoo.architectures.core.modeling import ZooConfig
+    from zoo.architectures.core.zoo_config import ZooConfig
 
     fields = {name: published[name] for name in CARRIED if published.get(name) is not None}
     return ZooConfig.from_decoder(decoder, architecture, source_format=source, dtype=dtype, **fields)
@@ -142,7 +142,7 @@ def check_tensors(config: ZooConfig, shapes: Mapping[str, tuple[int, ...]], wher
 
 
 def _ours(checkpoint: Checkpoint) -> Canonical:
-    from zoo.architectures.core.modeling import ZooConfig
+    from zoo.architectures.core.zoo_config import ZooConfig
 
     try:
         config = ZooConfig.from_dict(dict(checkpoint.config))

@@ -20,7 +20,8 @@ from zoo.errors import ZooError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from zoo.architectures.core.modeling import ZooConfig, ZooForCausalLM
+    from zoo.architectures.core.modeling import ZooForCausalLM
+    from zoo.architectures.core.zoo_config import ZooConfig
 
 HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
 

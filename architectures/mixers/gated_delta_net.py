@@ -19,13 +19,18 @@ from transformers import initialization
 
 from zoo.architectures.core import mixer
 from zoo.architectures.core.cache import LayerCache
-from zoo.architectures.core.config import DecoderConfig, Norm
-from zoo.architectures.core.linear import NORM_START, check_norm, check_width
-from zoo.architectures.core.mixer import Context, Mixer, grouped, keep_fp32, wide, wide_dtype
-from zoo.architectures.core.norms import make_norm
+from zoo.architectures.core.config import DecoderConfig
+from zoo.architectures.core.linear import (
+    NORM_START,
+    RotatedKeys,
+    check_norm,
+    check_width,
+    decay_rates,
+    group_norm,
+)
+from zoo.architectures.core.mixer import Context, grouped, keep_fp32, wide, wide_dtype
 from zoo.architectures.core.plan import AttentionSpec, Init, MixerPlan
 from zoo.architectures.core.recurrent import ConvStates, check_rope, gate_activation, transferred_rows
-from zoo.architectures.core.rope import apply_rope
 from zoo.errors import ZooError
 from zoo.kernels.delta_rule import delta_rule, delta_rule_step
 
@@ -74,7 +79,7 @@ class Args(mixer.Args):
         check_rope(self.rope, config)
 
 
-class GatedDeltaNet(Mixer):
+class GatedDeltaNet(RotatedKeys):
     options = Args
 
     def __init__(self, config: DecoderConfig, args: Args) -> None:
@@ -97,10 +102,7 @@ class GatedDeltaNet(Mixer):
             shape = (self.value_heads, self.value_dim) if args.norm_per_head else (self.value_dim,)
             self.o_norm = nn.Parameter(torch.ones(shape))
         self.o_proj = nn.Linear(values, width, bias=args.o_bias)
-        self.pairing = config.ropes[args.rope].pairing if args.rope else "half"
-        if args.qk_norm is not None:
-            norm = Norm(kind=args.qk_norm, eps=args.qk_norm_eps)
-            self.q_norm, self.k_norm = make_norm(norm, self.key_dim), make_norm(norm, self.key_dim)
+        self.make_rotation(config, args, self.key_dim)
 
     def init_weights(self, std: float) -> None:
         """A uniform in [1, 16] and time steps log-uniform in [1e-3, 0.1], as published."""
@@ -118,8 +120,7 @@ class GatedDeltaNet(Mixer):
         args |= dict(gate="silu", norm_per_head=True)
         args |= dict(beta_bias=True, q_bias=spec.q_bias, k_bias=spec.k_bias, v_bias=spec.v_bias, o_bias=spec.o_bias)
         args |= dict(qk_norm=spec.qk_norm, qk_norm_eps=spec.norm_eps, rope=spec.rope)
-        half_lives = torch.logspace(math.log2(16), math.log2(spec.max_position), count, base=2.0, dtype=torch.float64)
-        biases = inverse_softplus(math.log(2) / half_lives)  # the decay is softplus(dt_bias), with A = 1
+        biases = inverse_softplus(decay_rates(count, spec.max_position))  # the decay is softplus(dt_bias), with A = 1
         inits = [
             Init(target="a_proj.weight", shape=(count, spec.hidden_size), kind="zeros"),
             Init(target="b_proj.weight", shape=(count, spec.hidden_size), kind="zeros"),
@@ -135,13 +136,7 @@ class GatedDeltaNet(Mixer):
         return MixerPlan(args=args, rows=transferred_rows(spec, heads), inits=tuple(inits))
 
     def _qk(self, q: Tensor, k: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
-        q, k = grouped(q, self.heads), grouped(k, self.heads)
-        if self.args.qk_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        if self.args.rope is not None:
-            table = ctx.ropes[self.args.rope]
-            q, k = apply_rope(q, table, self.pairing), apply_rope(k, table, self.pairing)
-        return q, k
+        return self.rotated(grouped(q, self.heads), grouped(k, self.heads), ctx)
 
     def expanded_qkv(self, x: Tensor, ctx: Context) -> tuple[Tensor, Tensor, Tensor]:
         q, k = self._qk(self.q_proj(x), self.k_proj(x), ctx)
@@ -180,8 +175,7 @@ class GatedDeltaNet(Mixer):
 
     def _output(self, o: Tensor, x: Tensor) -> Tensor:
         if self.args.norm:
-            normed = F.rms_norm(wide(o), (self.value_dim,), eps=self.args.norm_eps)
-            o = (normed * wide(self.o_norm)).to(x.dtype)
+            o = group_norm(o, self.o_norm, self.args.norm_eps)
         if self.args.gate is not None:
             o = o * gate_activation(self.args.gate)(grouped(self.g_proj(x), self.value_heads))
         return o

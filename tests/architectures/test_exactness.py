@@ -21,7 +21,8 @@ from transformers import (
 from zoo_models import draw, feed, forward, same, stir, swiglu_layer
 
 from zoo.architectures.core.config import DecoderConfig, Head, Layer, Norm, Rope
-from zoo.architectures.core.modeling import ZooConfig, ZooForCausalLM
+from zoo.architectures.core.modeling import ZooForCausalLM
+from zoo.architectures.core.zoo_config import ZooConfig
 
 NAMES = (
     ("self_attn", "mixer"),

@@ -18,7 +18,8 @@ from zoo.architectures.core import mixer as contract
 from zoo.architectures.core.cache import LayerCache
 from zoo.architectures.core.config import DecoderConfig, Head, Layer, Norm, Rope
 from zoo.architectures.core.mixer import Context, Mixer
-from zoo.architectures.core.modeling import ZooConfig, ZooForCausalLM
+from zoo.architectures.core.modeling import ZooForCausalLM
+from zoo.architectures.core.zoo_config import ZooConfig
 from zoo.errors import ZooError
 
 

@@ -19,7 +19,8 @@ from zoo_models import MIXER_CASES, draw, feed, forward, make, presets, same, sw
 
 from zoo import registry
 from zoo.architectures.core.config import DecoderConfig, Head, Rope
-from zoo.architectures.core.modeling import FORMAT_VERSION, ZooConfig, ZooForCausalLM
+from zoo.architectures.core.modeling import ZooForCausalLM
+from zoo.architectures.core.zoo_config import FORMAT_VERSION, ZooConfig
 from zoo.errors import ZooError
 
 READER = """

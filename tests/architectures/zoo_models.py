@@ -15,8 +15,9 @@ from transformers import DynamicCache, StaticCache
 
 from zoo import registry
 from zoo.architectures.core.config import DecoderConfig, Head, Layer, Rope
-from zoo.architectures.core.modeling import ZooConfig, ZooForCausalLM
+from zoo.architectures.core.modeling import ZooForCausalLM
 from zoo.architectures.core.plan import AttentionSpec
+from zoo.architectures.core.zoo_config import ZooConfig
 
 VOCAB, WIDTH = 97, 64
 ROPES = {"default": Rope(dim=16)}

@@ -72,7 +72,8 @@ def normed_attention(tmp_path_factory: pytest.TempPathFactory, hard_llama: Path)
 
     from zoo.architectures.core.formats import read
     from zoo.architectures.core.load import save
-    from zoo.architectures.core.modeling import ZooConfig, ZooForCausalLM
+    from zoo.architectures.core.modeling import ZooForCausalLM
+    from zoo.architectures.core.zoo_config import ZooConfig
 
     decoder = read(hard_llama).decoder
     layers = tuple(replace(layer, mixer_args={**layer.mixer_args, "qk_norm": "rms"}) for layer in decoder.layers)
