@@ -70,7 +70,7 @@ def _speed(runs: Sequence[Run]) -> Plot | None:
     if not bars:
         return None
     figure, axes = _figure()
-    names = [f"{label}, {length}" for label, _, length, _ in bars if _ == "prefill"]
+    names = [f"{label}, {length}" for label, kind, length, _ in bars if kind == "prefill"]
     for offset, kind in ((-0.2, "prefill"), (0.2, "decode")):
         speeds = [value for _, which, _, value in bars if which == kind]
         axes.barh([i + offset for i in range(len(speeds))], speeds, 0.38, label=kind, color=COLOURS[offset > 0])

@@ -84,6 +84,7 @@ def test_the_page_has_every_plot(page: str) -> None:
     assert page.count("<svg") == len(headings)
     for heading in headings:
         assert heading in page
+    assert "teacher &amp; co, 512" in page and "healed, 512" in page, "every pair of bars says whose it is"
 
 
 def test_the_page_is_well_formed_and_stands_alone(page: str) -> None:
