@@ -95,12 +95,17 @@ def presets_table(name: str) -> str:
     return markdown(header, preset_rows(name))
 
 
+def headline(result: Result) -> list[Row]:
+    """The rows that a card shows: all but those by position in the window."""
+    return [row for row in result.rows if not row.metric.startswith("position_")]
+
+
 def results_table(name: str) -> str:
     """Results kept beside the weights of a released checkpoint."""
     rows = [
         (task, row.metric, _condition(row), f"{row.value:.4g}", _error(row), "" if row.n is None else str(row.n))
         for task, result in stored_results(name).items()
-        for row in result.rows
+        for row in headline(result)
     ]
     return markdown(("eval", "metric", "at", "value", "standard error", "n"), rows) if rows else "No results yet."
 
@@ -133,7 +138,7 @@ def _with_model_index(text: str, name: str, results: Mapping[str, Result]) -> st
     card = ModelCard(text, ignore_metadata_errors=False)
     data: Any = card.data
     data.model_name = name
-    data.eval_results = [_eval_result(task, row) for task, result in results.items() for row in result.rows]
+    data.eval_results = [_eval_result(task, row) for task, result in results.items() for row in headline(result)]
     front = data.to_yaml(line_break="\n").strip()
     body = re.sub(r"\A---\n.*?\n---\n", "", text, flags=re.DOTALL)
     return f"---\n{front}\n---\n{body}"

@@ -38,7 +38,6 @@ class ZooPreTrainedModel(PreTrainedModel):
     config_class = ZooConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["Block", "PreNorm"]
     _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_sdpa = True
     _can_compile_fullgraph = True
@@ -80,6 +79,7 @@ class ZooModel(ZooPreTrainedModel, Decoder):
         super().__init__(config)
         self.build(config.decoder_config, causal=not getattr(config, "bidirectional", False))
         self.gradient_checkpointing = False
+        self._no_split_modules = sorted({type(block).__name__ for block in self.layers})
         self._keep_in_fp32_modules_strict = _fp32_names(self)
         self._tied_weights_keys = _shared_weights(self)
         self.post_init()
