@@ -38,7 +38,10 @@ def test_released_weights_state_their_results(name: str) -> None:
     results = cards.stored_results(name)
     assert results, f"{name} has no results.json"
     text = cards.render(name, (cards._path(name)).read_text())
-    assert all(f"{row.value:.4g}" in text for result in results.values() for row in result.rows)
+    shown = [row for result in results.values() for row in cards.headline(result)]
+    assert all(f"{row.value:.4g}" in text for row in shown)
+    assert {"perplexity", "accuracy"} <= {row.metric for row in shown}
+    assert not any(row.metric.startswith("position_") for row in shown), "a card is no plot"
 
 
 @pytest.fixture
