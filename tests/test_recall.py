@@ -167,24 +167,6 @@ def test_a_probe_that_cannot_fit_says_so(tokenizer: Any) -> None:
         recall.needle_probe(random.Random(0), SENTENCES, words.keys(), tokenizer, 40)
 
 
-def test_mixture_keeps_its_fraction_and_the_order_of_the_text(tokenizer: Any) -> None:
-    documents = [TEXT[:4000], "  ", TEXT[4000:]]
-    rows = list(islice(recall.mixture(documents, 0.4, tokenizer, 128, 8), 400))
-    share = {kind: sum(k == kind for k, _ in rows) / 400 for kind in ("text", "recall", "repeat")}
-    assert 0.5 < share["text"] < 0.7 and 0.2 < share["recall"] < 0.4 and 0.05 < share["repeat"] < 0.18
-    stream = np.concatenate([row for kind, row in rows if kind == "text"])
-    ids = [[0, *tokenizer(document)["input_ids"]] for document in documents if document.strip()]
-    once = sum(ids, [])
-    assert stream[: len(once)].tolist() == once and stream[len(once) : len(once) + 50].tolist() == once[:50]
-    assert all((row == again).all() for (_, row), (_, again) in
-               zip(rows, recall.mixture(documents, 0.4, tokenizer, 128, 8), strict=False))  # fmt: skip
-
-
-def test_mixture_of_no_text_is_refused(tokenizer: Any) -> None:
-    with pytest.raises(ValueError, match="hold no text"):
-        next(recall.text_rows(["", " "], tokenizer, 64))
-
-
 def test_pieces_tokenise_like_the_whole(tokenizer: Any) -> None:
     data = load_example("pretrain_data")
     stream = data.tokenize([TEXT, TEXT[:500]], tokenizer)

@@ -6,16 +6,20 @@ B batch, T new tokens, H key heads, Hv value heads, K key and V value head dimen
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zoo.architectures.core import mixer
 from zoo.architectures.core.cache import LayerCache
 from zoo.architectures.core.config import DecoderConfig, Norm
 from zoo.architectures.core.mixer import Context, Mixer, grouped, wide, wide_dtype
 from zoo.architectures.core.norms import make_norm
+from zoo.architectures.core.plan import AttentionSpec
+from zoo.architectures.core.recurrent import check_rope
 from zoo.architectures.core.rope import apply_rope
 from zoo.errors import ZooError
 from zoo.kernels.linear_attention import linear_attention, linear_attention_step
@@ -88,6 +92,35 @@ def check_width(conv: int, activation: str | None) -> None:
         raise ZooError(f"conv was {conv}; it must be a width, or 0 for none")
     if activation not in (None, "silu"):
         raise ZooError(f"conv_activation {activation!r} is unknown; it must be silu, or null for none")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProjectionArgs(mixer.Args):
+    """Arguments of a mixer with attention's projections: head sizes (`value_dim` defaults to `head_dim`), and softmax
+    attention's biases, `qk_norm` and `rope`."""
+
+    heads: int
+    head_dim: int
+    value_dim: int | None = None
+    q_bias: bool = False
+    k_bias: bool = False
+    v_bias: bool = False
+    o_bias: bool = False
+    qk_norm: str | None = None
+    qk_norm_eps: float = 1e-6
+    rope: str | None = None
+
+    def check(self, config: DecoderConfig) -> None:
+        check_sizes(heads=self.heads, head_dim=self.head_dim, value_dim=self.value_dim)
+        check_norm("qk_norm", self.qk_norm)
+        check_rope(self.rope, config)
+
+
+def projection_args(spec: AttentionSpec, heads: int) -> dict[str, Any]:
+    """`ProjectionArgs` of `heads` heads that take over the attention of `spec`."""
+    biases = {"q_bias": spec.q_bias, "k_bias": spec.k_bias, "v_bias": spec.v_bias, "o_bias": spec.o_bias}
+    rotation = {"qk_norm": spec.qk_norm, "qk_norm_eps": spec.norm_eps, "rope": spec.rope}
+    return {"heads": heads, "head_dim": spec.head_dim, **biases, **rotation}
 
 
 class RotatedKeys(Mixer):

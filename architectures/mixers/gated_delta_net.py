@@ -17,20 +17,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization
 
-from zoo.architectures.core import mixer
 from zoo.architectures.core.cache import LayerCache
 from zoo.architectures.core.config import DecoderConfig
 from zoo.architectures.core.linear import (
     NORM_START,
+    ProjectionArgs,
     RotatedKeys,
-    check_norm,
     check_width,
     decay_rates,
     group_norm,
+    projection_args,
 )
 from zoo.architectures.core.mixer import Context, grouped, keep_fp32, wide, wide_dtype
 from zoo.architectures.core.plan import AttentionSpec, Init, MixerPlan
-from zoo.architectures.core.recurrent import ConvStates, check_rope, gate_activation, transferred_rows
+from zoo.architectures.core.recurrent import ConvStates, gate_activation, transferred_rows
 from zoo.errors import ZooError
 from zoo.kernels.delta_rule import delta_rule, delta_rule_step
 
@@ -38,7 +38,7 @@ EXAMPLE = {"heads": 2, "head_dim": 16, "value_heads": 4, "value_dim": 24}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Args(mixer.Args):
+class Args(ProjectionArgs):
     """The published layer is the default; conversion from attention uses the other options.
 
     `conv` is the width of the short convolutions on q, k and v (0: none), followed by `conv_activation`; `gate` is the
@@ -47,10 +47,7 @@ class Args(mixer.Args):
     `head_dim ** -0.5`).
     """
 
-    heads: int
-    head_dim: int
     value_heads: int | None = None
-    value_dim: int | None = None
     conv: int = 4
     conv_activation: str | None = "silu"
     gate: str | None = "silu"
@@ -61,22 +58,14 @@ class Args(mixer.Args):
     beta_scale: float = 1.0
     beta_bias: bool = False
     scale: float | None = None
-    q_bias: bool = False
-    k_bias: bool = False
-    v_bias: bool = False
-    o_bias: bool = False
-    qk_norm: str | None = None
-    qk_norm_eps: float = 1e-6
-    rope: str | None = None
 
     def check(self, config: DecoderConfig) -> None:
+        super().check(config)
         value_heads = self.value_heads or self.heads
-        if self.heads <= 0 or value_heads % self.heads:
+        if value_heads % self.heads:
             raise ZooError(f"value_heads was {value_heads}; it must be a multiple of heads ({self.heads})")
         check_width(self.conv, self.conv_activation)
-        check_norm("qk_norm", self.qk_norm)
         gate_activation(self.gate)
-        check_rope(self.rope, config)
 
 
 class GatedDeltaNet(RotatedKeys):
@@ -116,10 +105,8 @@ class GatedDeltaNet(RotatedKeys):
     def from_attention(cls, spec: AttentionSpec, heads: tuple[int, ...] | None = None) -> MixerPlan:
         kept = tuple(range(spec.heads)) if heads is None else heads
         count, d = len(kept), spec.head_dim
-        args: dict[str, Any] = dict(heads=count, head_dim=d, conv=4, conv_activation=None, gate_bias=True)
-        args |= dict(gate="silu", norm_per_head=True)
-        args |= dict(beta_bias=True, q_bias=spec.q_bias, k_bias=spec.k_bias, v_bias=spec.v_bias, o_bias=spec.o_bias)
-        args |= dict(qk_norm=spec.qk_norm, qk_norm_eps=spec.norm_eps, rope=spec.rope)
+        args = projection_args(spec, count) | {"conv": 4, "conv_activation": None, "gate": "silu", "gate_bias": True}
+        args |= {"norm_per_head": True, "beta_bias": True}
         biases = inverse_softplus(decay_rates(count, spec.max_position))  # the decay is softplus(dt_bias), with A = 1
         inits = [
             Init(target="a_proj.weight", shape=(count, spec.hidden_size), kind="zeros"),

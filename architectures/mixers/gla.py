@@ -8,30 +8,29 @@ B batch, T new tokens, H heads, K key and V value head dimension, R rank of the 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization
 
-from zoo.architectures.core import mixer
 from zoo.architectures.core.cache import LayerCache
 from zoo.architectures.core.config import DecoderConfig
 from zoo.architectures.core.linear import (
     NORM_START,
     Projected,
-    check_norm,
+    ProjectionArgs,
     check_sizes,
     check_width,
     decay_rates,
     group_norm,
+    projection_args,
     recur,
     recurrent_bytes,
 )
 from zoo.architectures.core.mixer import Context, grouped, keep_fp32, wide
 from zoo.architectures.core.plan import AttentionSpec, Init, MixerPlan
-from zoo.architectures.core.recurrent import ConvStates, check_rope, gate_activation, transferred_rows
+from zoo.architectures.core.recurrent import ConvStates, gate_activation, transferred_rows
 from zoo.errors import ZooError
 
 EXAMPLE = {"heads": 2, "head_dim": 16, "value_dim": 24}
@@ -39,7 +38,7 @@ FEATURE_MAPS = (None, "softmax")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Args(mixer.Args):
+class Args(ProjectionArgs):
     """The published layer is the default; conversion from attention uses the other options.
 
     `decay_rank` is R and `decay_divisor` the 16 above; `feature_map` "softmax" makes queries and keys distributions
@@ -49,9 +48,6 @@ class Args(mixer.Args):
     `head_dim ** -0.5`).
     """
 
-    heads: int
-    head_dim: int
-    value_dim: int | None = None
     decay_rank: int = 16
     decay_divisor: float = 16.0
     feature_map: str | None = None
@@ -63,24 +59,16 @@ class Args(mixer.Args):
     norm_per_head: bool = False
     norm_eps: float = 1e-5
     scale: float | None = None
-    q_bias: bool = False
-    k_bias: bool = False
-    v_bias: bool = False
-    o_bias: bool = False
-    qk_norm: str | None = None
-    qk_norm_eps: float = 1e-6
-    rope: str | None = None
 
     def check(self, config: DecoderConfig) -> None:
-        check_sizes(heads=self.heads, head_dim=self.head_dim, value_dim=self.value_dim, decay_rank=self.decay_rank)
+        super().check(config)
+        check_sizes(decay_rank=self.decay_rank)
         if self.decay_divisor <= 0:
             raise ZooError(f"decay_divisor was {self.decay_divisor}; it must be positive")
         if self.feature_map not in FEATURE_MAPS:
             raise ZooError(f"feature_map {self.feature_map!r} is unknown; it must be softmax, or null for none")
         check_width(self.conv, self.conv_activation)
-        check_norm("qk_norm", self.qk_norm)
         gate_activation(self.gate)
-        check_rope(self.rope, config)
 
 
 class GatedLinearAttention(Projected):
@@ -110,15 +98,7 @@ class GatedLinearAttention(Projected):
     @classmethod
     def from_attention(cls, spec: AttentionSpec, heads: tuple[int, ...] | None = None) -> MixerPlan:
         count, d = spec.heads if heads is None else len(heads), spec.head_dim
-        args: dict[str, Any] = {
-            "heads": count,
-            "head_dim": d,
-            "feature_map": "softmax",
-            "gate_bias": True,
-            "norm_per_head": True,
-        }
-        args |= {"q_bias": spec.q_bias, "k_bias": spec.k_bias, "v_bias": spec.v_bias, "o_bias": spec.o_bias}
-        args |= {"qk_norm": spec.qk_norm, "qk_norm_eps": spec.norm_eps, "rope": spec.rope}
+        args = projection_args(spec, count) | {"feature_map": "softmax", "gate_bias": True, "norm_per_head": True}
         inits = [
             Init(target="decay_down.weight", shape=(16, spec.hidden_size), kind="normal", options={"std": 0.02}),
             Init(target="decay_up.weight", shape=(count * d, 16), kind="normal", options={"std": 0.02}),

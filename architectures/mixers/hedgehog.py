@@ -10,49 +10,30 @@ B batch, T new tokens, H heads, K key and V value head dimension; features have 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from transformers import initialization
 
-from zoo.architectures.core import mixer
 from zoo.architectures.core.cache import LayerCache
 from zoo.architectures.core.config import DecoderConfig
-from zoo.architectures.core.linear import Projected, check_norm, check_sizes, recur, recurrent_bytes
+from zoo.architectures.core.linear import (
+    Projected,
+    ProjectionArgs,
+    projection_args,
+    recur,
+    recurrent_bytes,
+)
 from zoo.architectures.core.mixer import Context, wide
 from zoo.architectures.core.plan import AttentionSpec, Init, MixerPlan
-from zoo.architectures.core.recurrent import check_rope, transferred_rows
+from zoo.architectures.core.recurrent import transferred_rows
 
 EXAMPLE = {"heads": 2, "head_dim": 16, "value_dim": 24, "rope": "default"}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Args(mixer.Args):
-    """`value_dim` defaults to `head_dim`; biases, `qk_norm` and `rope` are those of softmax attention."""
-
-    heads: int
-    head_dim: int
-    value_dim: int | None = None
-    q_bias: bool = False
-    k_bias: bool = False
-    v_bias: bool = False
-    o_bias: bool = False
-    qk_norm: str | None = None
-    qk_norm_eps: float = 1e-6
-    rope: str | None = None
-
-    def check(self, config: DecoderConfig) -> None:
-        check_sizes(heads=self.heads, head_dim=self.head_dim, value_dim=self.value_dim)
-        check_norm("qk_norm", self.qk_norm)
-        check_rope(self.rope, config)
-
-
 class Hedgehog(Projected):
-    options = Args
+    options = ProjectionArgs
 
-    def __init__(self, config: DecoderConfig, args: Args) -> None:
+    def __init__(self, config: DecoderConfig, args: ProjectionArgs) -> None:
         super().__init__()
         self.key_dim, self.value_dim = args.head_dim, args.value_dim or args.head_dim
         self.make_projections(config, args, self.value_dim)
@@ -67,14 +48,7 @@ class Hedgehog(Projected):
     @classmethod
     def from_attention(cls, spec: AttentionSpec, heads: tuple[int, ...] | None = None) -> MixerPlan:
         count, d = spec.heads if heads is None else len(heads), spec.head_dim
-        args: dict[str, Any] = {
-            "heads": count,
-            "head_dim": d,
-            "qk_norm": spec.qk_norm,
-            "qk_norm_eps": spec.norm_eps,
-            "rope": spec.rope,
-        }
-        args |= {"q_bias": spec.q_bias, "k_bias": spec.k_bias, "v_bias": spec.v_bias, "o_bias": spec.o_bias}
+        args = projection_args(spec, count)
         inits = tuple(Init(target=name, shape=(count, d, d), kind="zeros") for name in ("q_map", "k_map"))
         return MixerPlan(args=args, rows=transferred_rows(spec, heads), inits=inits)
 

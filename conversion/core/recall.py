@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
 from typing import Any
@@ -183,46 +183,6 @@ def pack(rng: random.Random, waiting: list[list[int]], text: Row, end: int, leng
     start = rng.randint(0, max(0, len(text) - length))
     rest = np.resize(text[start : start + length], length)
     return np.concatenate([np.asarray([*row, end], dtype=np.int32), rest])[:length]
-
-
-def mixture(
-    text_documents: Iterable[str], fraction: float, tokenizer: Any, length: int, seed: int, repeats: float = 0.25
-) -> Iterator[tuple[str, Row]]:
-    """Endless rows of text with `fraction` of recall rows among them, `repeats` of those being repeated spans.
-
-    Args: text_documents, iterated again when it ends; length, tokens per row; seed, of all that is random.
-    Yields: ("text" | "recall" | "repeat", row [L]).
-    """
-    rng = random.Random(seed)
-    texts = text_rows(text_documents, tokenizer, length)
-    filler = "\n\n".join(islice(cycle_once(text_documents), 64))[:2_000_000]
-    recall, ids = recall_rows(filler, tokenizer, length, seed + 1), encode(tokenizer, [filler])[0]
-    while True:
-        if rng.random() >= fraction:
-            yield "text", next(texts)
-        elif rng.random() < repeats:
-            yield "repeat", repeat_row(rng, ids, len(tokenizer), length)
-        else:
-            yield "recall", next(recall)
-
-
-def cycle_once(documents: Iterable[str]) -> Iterator[str]:
-    """The documents that hold any text."""
-    return (document for document in documents if document.strip())
-
-
-def text_rows(documents: Iterable[str], tokenizer: Any, length: int) -> Iterator[Row]:
-    """The documents as one endless stream cut into rows [L], the end token before each."""
-    held: list[int] = []
-    while True:
-        before = len(held)
-        for document in cycle_once(documents):
-            held += [tokenizer.eos_token_id, *encode(tokenizer, [document])[0]]
-            while len(held) >= length:
-                yield np.asarray(held[:length], dtype=np.int32)
-                held = held[length:]
-        if len(held) == before:
-            raise ValueError("the text documents hold no text: give at least one that is not empty")
 
 
 # ---- probes ---------------------------------------------------------------------------------------------------------

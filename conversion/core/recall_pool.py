@@ -50,7 +50,7 @@ def make_rows(tokenizer: Any, filler: str, count: int, length: int, seed: int) -
 def recall_pool(tokenizer: Any, filler: str, count: int, length: int, seed: int, workers: int | None = None) -> Array:
     """As `make_rows`, spread over `workers` processes (all cores by default), each with its own stretch of filler.
 
-    Every worker's rows depend on its number alone, so that the pool is the same on any machine with as many workers.
+    A job's rows depend on its number alone and the number of jobs on `count`, so the pool is the same on any machine.
     """
     jobs = min(16, -(-count // SMALL))  # not the number of cores: the same rows everywhere
     backend = getattr(tokenizer, "backend_tokenizer", None)
