@@ -88,13 +88,13 @@ def distinct(draw: Callable[[random.Random], str], rng: random.Random, n: int) -
 
 # ---- documents ------------------------------------------------------------------------------------------------------
 def key_value_list(rng: random.Random, min_pairs: int = 4, max_pairs: int = 40) -> str:
-    """4 to 40 lines "key: value", then 3 to 12 of them again in another order; half of the lists say what they are."""
+    """4 to 40 lines "key: value", then 3 to 12 of them again in another order; most lists say what they are."""
     pairs = rng.randint(min_pairs, max_pairs)
     value, mark = any_value(rng), rng.choice((": ", ": ", " = ", " -> "))
     keys = distinct(word_key if rng.random() < 0.5 else any_key, rng, pairs)
     lines = [f"{key}{mark}{value(rng)}" for key in keys]
     asked = rng.sample(lines, min(pairs, rng.randint(3, 12)))
-    if rng.random() < 0.5:
+    if rng.random() < 0.75:
         return "\n".join([LIST_OPENING, *lines, LIST_QUESTION, *asked])
     return "\n".join([*lines, "", *asked])
 
