@@ -5,8 +5,15 @@ Shapes: B batch, T tokens, N sequences, C tokens per chunk.
 
 from __future__ import annotations
 
+import json
 import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,3 +82,63 @@ def plan(batch: int, length: int, size: int, cu_seqlens: Tensor | None) -> Plan:
     offset = (chunk - first[sequence]) * size
     sizes = (lengths[sequence] - offset).clamp(0, size)
     return Plan(count, 0, lengths.shape[0], begins[sequence] + offset, sizes, first)
+
+
+_local = threading.local()
+
+
+@contextmanager
+def held_back() -> Iterator[None]:
+    """Inside, `start` launches nothing: what is left of a function is the shapes of its results."""
+    before, _local.held = getattr(_local, "held", False), True
+    try:
+        yield
+    finally:
+        _local.held = before
+
+
+def start(kernel: Any, programs: tuple[int, ...], *args: Any, **options: Any) -> None:
+    """Launch `kernel` over a grid, which may be empty."""
+    if not getattr(_local, "held", False) and all(programs):
+        kernel[programs](*args, **options)
+
+
+# ---- launch choices ---------------------------------------------------------------------------------------------
+CHOICES = Path(__file__).parent / "choices"
+FAMILIES = {9: "hopper"}  # by the major compute capability; others run on the default choices
+
+
+def family(device: torch.device) -> str:
+    """The name of the GPU family, of a file in `choices`."""
+    if device.type != "cuda":
+        return "default"
+    return FAMILIES.get(torch.cuda.get_device_capability(device)[0], "default")
+
+
+@cache
+def choices(family: str) -> dict[str, dict[str, dict[str, int]]]:
+    """By kernel ("delta_rule.scan") and key, what a family launches with; kernels it lacks have the default's."""
+    file = CHOICES / f"{family}.json"
+    own = json.loads(file.read_text()) if file.exists() else {}
+    return own if family == "default" else choices("default") | own
+
+
+def choice(kernel: str, width: int, x: Tensor) -> dict[str, int]:
+    """Fixed tile sizes, num_warps and num_stages of a kernel, never tuned behind the caller's back.
+
+    Entries are keyed by the widest head that they serve, "128", or "128 fp32" where operands of 4 bytes want their own.
+    """
+    table = choices(family(x.device))[kernel]
+    wide = operand_dtype(x.dtype) == torch.float32
+    fitting = sorted((int(key.split()[0]), -len(key), key) for key in table if wide or "fp32" not in key)
+    return table[next(key for size, _, key in fitting if size >= width)]
+
+
+def record(family: str, kernel: str, key: str, values: dict[str, int]) -> None:
+    """Keep a choice for a family."""
+    file = CHOICES / f"{family}.json"
+    table = json.loads(file.read_text()) if file.exists() else {}
+    table.setdefault(kernel, {})[key] = values
+    lines = (f' "{k}": {json.dumps(v)}' for k, v in sorted(table.items()))
+    file.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    choices.cache_clear()

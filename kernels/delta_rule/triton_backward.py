@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from zoo.kernels.delta_rule.triton_forward import SIZES
-from zoo.kernels.delta_rule.triton_tiles import (
+from zoo.kernels.tiles import (
     chunk_rows,
     decay_between,
     load_gate,

@@ -13,7 +13,7 @@ q_norms and k_norms [B, T, HV]. q and k enter products unrounded: norms, decays 
 import triton
 import triton.language as tl
 
-from zoo.kernels.delta_rule.triton_tiles import (
+from zoo.kernels.tiles import (
     chunk_rows,
     decay_between,
     load_gate,

@@ -15,21 +15,6 @@ from torch import Tensor
 
 from zoo.kernels import launch
 
-# (tile of V, warps, stages) by kernel and by the width of the tile of K; chosen by register counts,
-# then run and checked on an H200.
-TILES = {
-    "prepare": {64: (0, 4, 1), 128: (0, 4, 1), 256: (0, 4, 1)},
-    "scan": {64: (64, 4, 2), 128: (32, 4, 2), 256: (32, 8, 1)},
-    "output": {64: (64, 4, 1), 128: (64, 4, 1), 256: (64, 8, 1)},
-    "scan_backward": {64: (64, 4, 2), 128: (32, 4, 2), 256: (32, 8, 1)},
-    "gradients": {64: (64, 8, 1), 128: (64, 8, 1), 256: (32, 8, 1)},
-}
-# Operands of 4 bytes, where they want other tiles.
-WIDE_TILES = {
-    "output": {64: (32, 4, 1), 128: (32, 4, 1), 256: (32, 4, 1)},
-    "gradients": {64: (32, 4, 1), 128: (32, 4, 1), 256: (32, 8, 1)},
-}
-
 
 class Saved(NamedTuple):
     """What the forward pass leaves for the backward pass; empty tensors where there is nothing."""
@@ -86,9 +71,8 @@ class Call:
     def run(self, kernel: Any, *tensors: Tensor | None, per: str, **options: Any) -> None:
         """Launch `kernel` with one program per chunk or sequence, value head and (where it tiles V) tile."""
         name, width = kernel.fn.__name__, self.q.shape[3]
-        block = max(64, launch.power(width))
-        tiles_of = TILES if self.dtype == torch.bfloat16 else TILES | WIDE_TILES
-        tile, warps, stages = tiles_of[name][block]
+        chosen = launch.choice(f"delta_rule.{name}", width, self.q)
+        tile = chosen.get("BV", 0)
         plan, heads = self.plan, self.beta.shape[2]
         tiled = name != "gradients" and tile > 0
         tile = min(tile, launch.power(self.value_width))
@@ -100,10 +84,8 @@ class Call:
         sizes |= {"tiles": tiles} if tiled else {}
         sizes |= {"V": self.value_width, "BV": tile} if tile else {}
         flags = {"PACKED": self.cu_seqlens is not None, "DECAY": self.decay_form, "NORM": self.qk_l2norm}
-        if programs:
-            kernel[(programs,)](
-                *tensors, *layout, **sizes, **flags, **self._operands(), **options, num_warps=warps, num_stages=stages
-            )
+        options |= chosen | sizes | flags | self._operands()
+        launch.start(kernel, (programs,), *tensors, *layout, **options)
 
     def _operands(self) -> dict[str, Any]:
         language = importlib.import_module("triton.language")

@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def"
-"""Loads, stores and decay factors that the Triton kernels of the delta rule share.
+"""Loads, stores and decay factors that the Triton kernels share.
 
 Shapes: B batch, T tokens, C tokens of a chunk, H key heads, HV value heads, K and V head widths, BK and BV tiles of
 them; rows are the B * T tokens, and a chunk is `count` rows from `row` on. Row numbers are 64-bit, and every address
