@@ -170,7 +170,8 @@ def train(args: argparse.Namespace, swapped: Path) -> tuple[dict[str, Any], floa
     began, align = time.monotonic(), int(args.tokens * ALIGN_SHARE)
     settings = {"align_tokens": align, "distill_tokens": args.tokens - align, **assignments(args.heal)}
     settings = {"cache": args.cache, "seed": args.seed, **settings}
-    data = f"{args.data},recall={args.recall}" if args.recall else args.data
+    shares = {"recall": args.recall, "lists": args.lists}
+    data = ",".join([args.data, *(f"{name}={share}" for name, share in shares.items() if share)])
     report = heal(args.teacher, swapped, args.out / "healed", data=data, **settings)
     return report.to_dict(), time.monotonic() - began
 
@@ -244,6 +245,7 @@ def parser() -> argparse.ArgumentParser:
     add("--heldout", required=True, help="text to measure on")
     add("--tokens", type=int, default=60_000_000, help="of both stages; a tenth goes to align")
     add("--recall", type=float, default=0.35, help="share of recall rows")
+    add("--lists", type=float, default=0.0, help="share of rows of key-value lists alone")
     add("--mixer", default="gated_delta_net")
     add("--cache", type=Path, help="tokenised text and recall rows, shared between runs")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="argument of the new mixers, or init.NAME")

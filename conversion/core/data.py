@@ -1,4 +1,4 @@
-"""Where the rows of a healing run come from: text, recall documents, the teacher itself, or shares of each.
+"""Where the rows of a healing run come from: text, recall documents, lists, the teacher itself, or shares of each.
 
 N rows, L tokens per row.
 """
@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from zoo.conversion.core.recall_pool import recall_pool
+from zoo.conversion.core.recall_pool import KINDS, recall_pool
 from zoo.conversion.core.rows import Array, Mixture, Part, Pool, Refreshed, Rows, Stream, needed_rows, parse
 from zoo.conversion.core.sampling import sample_rows
 from zoo.conversion.core.texts import cached, fingerprint, opening, prefix, text_tokens, token_dtype
@@ -54,16 +54,15 @@ def check(data: str) -> list[Part]:
             continue
         path = Path(part.name).expanduser()
         if not path.exists():
-            raise ZooError(
-                f"data {part.name!r} does not exist; give a text file, a directory, datasets:NAME, recall or self"
-            )
+            known = "a text file, a directory, datasets:NAME, recall, lists or self"
+            raise ZooError(f"data {part.name!r} does not exist; give {known}")
         if path.is_file() and path.stat().st_size == 0:
             raise ZooError(f"data {path} is empty; give a file that holds text")
     return parts
 
 
 def is_text(name: str) -> bool:
-    return name not in ("self", "recall")
+    return name != "self" and name not in KINDS
 
 
 def mixture(parts: list[Part], teacher: Any, tokenizer: Any, plan: Plan) -> Mixture:
@@ -82,8 +81,8 @@ def mixture(parts: list[Part], teacher: Any, tokenizer: Any, plan: Plan) -> Mixt
             sources[part.name] = Stream(tokens, plan.length, plan.seed, opening(tokenizer))
         elif part.name == "self":
             sources[part.name] = sampled(teacher, tokenizer, plan, needed[part.name])
-    if "recall" in needed:
-        sources["recall"] = recalled(teacher, tokenizer, plan, needed["recall"], sources)
+    for kind in (name for name in KINDS if name in needed):
+        sources[kind] = recalled(teacher, tokenizer, plan, kind, needed[kind], sources)
     return Mixture(sources, parts, plan.total)
 
 
@@ -105,18 +104,18 @@ def sampled(teacher: Any, tokenizer: Any, plan: Plan, needed: int) -> Refreshed:
     return Refreshed(make, size, plan.pool_uses, plan.seed)
 
 
-def recalled(teacher: Any, tokenizer: Any, plan: Plan, needed: int, sources: dict[str, Rows]) -> Pool:
+def recalled(teacher: Any, tokenizer: Any, plan: Plan, kind: str, needed: int, sources: dict[str, Rows]) -> Pool:
     """Recall rows whose filler is the run's own text."""
     filler = filler_text(teacher, tokenizer, plan, sources)
-    key = fingerprint("recall", tokenizer, filler, needed, plan.length, plan.seed)
+    key = fingerprint(kind, tokenizer, filler, needed, plan.length, plan.seed)
 
     def write() -> Array:
-        plan.say(f"writing {needed * plan.length:,} tokens of recall documents")
-        rows, start = recall_pool(tokenizer, filler, needed, plan.length, plan.seed), opening(tokenizer)
+        plan.say(f"writing {needed * plan.length:,} tokens of {kind} documents")
+        rows, start = recall_pool(tokenizer, filler, needed, plan.length, plan.seed, kind=kind), opening(tokenizer)
         rows[:, : len(start)] = start
         return rows.astype(token_dtype(tokenizer))
 
-    return Pool(cached(plan.cache / f"recall-{key}.npy", write), plan.seed)
+    return Pool(cached(plan.cache / f"{kind}-{key}.npy", write), plan.seed)
 
 
 def filler_text(teacher: Any, tokenizer: Any, plan: Plan, sources: dict[str, Rows]) -> str:

@@ -149,22 +149,25 @@ def repeat_row(rng: random.Random, text: Sequence[int] | Row, vocab: int, length
     return np.resize(np.asarray(span, dtype=np.int32), length)
 
 
-def recall_documents(rng: random.Random, filler: Sequence[str], length: int, ratio: float) -> Iterator[str]:
-    """60% key-value lists, 40% needle documents of 128 to `length` tokens; `ratio` is characters per token."""
+def recall_documents(
+    rng: random.Random, filler: Sequence[str], length: int, ratio: float, lists: float
+) -> Iterator[str]:
+    """A share `lists` of key-value lists, else needle documents of 128 to `length` tokens; `ratio` is characters per
+    token."""
     longest = max(129, length - 160)
     while True:
-        if rng.random() < 0.6:
+        if rng.random() < lists:
             yield key_value_list(rng, 4, max(4, min(40, length // 24)))
         else:
             tokens = 128 * (longest / 128) ** rng.random()
             yield needle_document(rng, filler, max(0, int(ratio * (tokens - 100))))
 
 
-def recall_rows(filler: str, tokenizer: Any, length: int, seed: int) -> Iterator[Row]:
+def recall_rows(filler: str, tokenizer: Any, length: int, seed: int, lists: float = 0.6) -> Iterator[Row]:
     """Endless rows [L] of whole recall documents, each preceded by the end token; the rest of a row is filler text."""
     rng, parts = random.Random(seed), sentences(filler)
     text = np.asarray(encode(tokenizer, [filler])[0], dtype=np.int32)
-    documents = recall_documents(rng, parts, length, len(filler) / len(text))
+    documents = recall_documents(rng, parts, length, len(filler) / len(text), lists)
     waiting: list[list[int]] = []
     while True:
         while len(waiting) < 64:

@@ -23,7 +23,8 @@ from tokenizers import Tokenizer
 from zoo.conversion.core import recall
 
 Array = NDArray[np.int32]
-REPEATS = 0.25  # share of rows that tile one span: they help recall to appear
+# share of rows that tile one span, which helps recall to appear, and share of lists among the documents of the others
+KINDS = {"recall": (0.25, 0.6), "lists": (0.0, 1.0)}
 SMALL = 256  # rows that one process makes sooner than others start
 
 
@@ -37,17 +38,26 @@ class PlainTokenizer:
         return int(self.backend_tokenizer.get_vocab_size())
 
 
-def make_rows(tokenizer: Any, filler: str, count: int, length: int, seed: int) -> Array:
-    """Rows [N, L] of recall documents with `filler` between them, a share of them repeated spans."""
-    rng, repeats = random.Random(seed), round(count * REPEATS)
+def make_rows(tokenizer: Any, filler: str, count: int, length: int, seed: int, kind: str = "recall") -> Array:
+    """Rows [N, L] of recall documents with `filler` between them; `kind` is one of `KINDS`."""
+    share, lists = KINDS[kind]
+    rng, repeats = random.Random(seed), round(count * share)
     text = recall.encode(tokenizer, [filler])[0]
-    rows = list(islice(recall.recall_rows(filler, tokenizer, length, seed), count - repeats))
+    rows = list(islice(recall.recall_rows(filler, tokenizer, length, seed, lists), count - repeats))
     rows += [recall.repeat_row(rng, text, len(tokenizer), length) for _ in range(repeats)]
     rng.shuffle(rows)
     return np.stack(rows) if rows else np.empty((0, length), np.int32)
 
 
-def recall_pool(tokenizer: Any, filler: str, count: int, length: int, seed: int, workers: int | None = None) -> Array:
+def recall_pool(
+    tokenizer: Any,
+    filler: str,
+    count: int,
+    length: int,
+    seed: int,
+    workers: int | None = None,
+    kind: str = "recall",
+) -> Array:
     """As `make_rows`, spread over `workers` processes (all cores by default), each with its own stretch of filler.
 
     A job's rows depend on its number alone and the number of jobs on `count`, so the pool is the same on any machine.
@@ -55,7 +65,7 @@ def recall_pool(tokenizer: Any, filler: str, count: int, length: int, seed: int,
     jobs = min(16, -(-count // SMALL))  # not the number of cores: the same rows everywhere
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if jobs <= 1 or backend is None:
-        return make_rows(tokenizer, filler, count, length, seed)
+        return make_rows(tokenizer, filler, count, length, seed, kind)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         backend.save(str(folder / "tokenizer.json"))
@@ -66,6 +76,7 @@ def recall_pool(tokenizer: Any, filler: str, count: int, length: int, seed: int,
                 filler[start : start + max(len(filler) // jobs, 200_000)], encoding="utf-8"
             )
             job = {"end": tokenizer.eos_token_id, "count": size, "length": length, "seed": seed * 1000 + n}
+            job["kind"] = kind
             (folder / f"{n}.json").write_text(json.dumps(job))
         run_workers(folder, jobs, workers or os.cpu_count() or 1)
         return np.concatenate([np.load(folder / f"{n}.npy") for n in range(jobs)])
@@ -93,7 +104,8 @@ def main(file: Path) -> None:
     job = json.loads(file.read_text())
     tokenizer = PlainTokenizer(file.with_name("tokenizer.json"), job["end"])
     filler = file.with_suffix(".txt").read_text(encoding="utf-8")
-    np.save(file.with_suffix(".npy"), make_rows(tokenizer, filler, job["count"], job["length"], job["seed"]))
+    rows = make_rows(tokenizer, filler, job["count"], job["length"], job["seed"], job["kind"])
+    np.save(file.with_suffix(".npy"), rows)
 
 
 if __name__ == "__main__":

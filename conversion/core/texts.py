@@ -38,7 +38,7 @@ def read_text(path: Path) -> str:
             text = file.read()
     except (FileNotFoundError, NotADirectoryError):
         raise ZooError(
-            f"data {str(path)!r} does not exist; give a text file, a directory, datasets:NAME, recall or self"
+            f"data {str(path)!r} does not exist; give a text file, a directory, datasets:NAME, recall, lists or self"
         ) from None
     except (UnicodeDecodeError, lzma.LZMAError, EOFError) as error:
         raise ZooError(

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast
 
-from zoo.conversion.core import recall_pool, sampling, texts
+from zoo.conversion.core import recall, recall_pool, sampling, texts
 from zoo.conversion.core.data import check
 from zoo.conversion.core.distill import chunked_kl
 from zoo.conversion.core.optim import FINAL, Stage, decays, new_layers, parameter_groups
@@ -193,6 +193,13 @@ def test_workers_make_the_same_recall_rows_however_many_they_are(
     assert (one == two).all() and one.shape == (6, 600)
     digits = [sum(character.isdigit() for character in tokenizer.decode(row)) for row in one]
     assert sum(count > 30 for count in digits) >= 3  # documents full of numbers, and not filler alone
+
+
+def test_rows_of_lists_hold_lists_alone(tokenizer: Any) -> None:
+    filler = "A first sentence of text. And then a second one! " * 40
+    texts = [tokenizer.decode(row) for row in recall_pool.recall_pool(tokenizer, filler, 8, 900, 5, kind="lists")]
+    assert all(recall.INTRODUCTION[:20] not in text for text in texts)
+    assert sum(recall.LIST_OPENING in text for text in texts) >= 6
 
 
 # ---- losses and schedule --------------------------------------------------------------------------------------------
