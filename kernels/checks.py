@@ -3,18 +3,17 @@
 Shapes: B batch, T tokens, N sequences, H key heads, Hv value heads, K and V head widths.
 """
 
-from __future__ import annotations
-
+import math
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-Parts = Mapping[str, tuple[Sequence[int], str]]  # of a state that is a tuple: name -> shape, axes
-
+Parts = Mapping[str, tuple[Sequence[int], str]]  # of a state that is a tuple: name -> shape and axes after N
 _host_values = WeakIdKeyDictionary()
 
 
@@ -34,6 +33,13 @@ def autocast(*tensors: Tensor) -> list[Tensor]:
     dtype = torch.get_autocast_dtype(kind)
     casts = (torch.float16, torch.bfloat16, torch.float32)
     return [x.to(dtype) if isinstance(x, Tensor) and x.dtype in casts else x for x in tensors]
+
+
+def autocast_off(x: Tensor) -> AbstractContextManager[Any]:
+    """Ops cast their inputs themselves; autocast knows no device "meta"."""
+    kind = x.device.type
+    on = kind != "meta" and torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if on else nullcontext()
 
 
 def check_tensor(name: str, x: object) -> None:
@@ -83,37 +89,35 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"q {list(q.shape)} and v {list(v.shape)} must have B, K and V of at least 1")
 
 
-def check_decay(decay: Tensor | None, q: Tensor, v: Tensor) -> None:
-    """None | [Hv] | [Hv, K] | [B, T, Hv] | [B, T, Hv, K]."""
-    if decay is None:
-        return
-    check_tensor("decay", decay)
-    b, t, hv, width = *v.shape[:3], q.shape[3]
-    shapes = {1: (hv,), 2: (hv, width), 3: (b, t, hv), 4: (b, t, hv, width)}
-    if tuple(decay.shape) != shapes.get(decay.dim()):
-        raise ValueError(
-            f"decay has shape {list(decay.shape)}; it must be None or one of [Hv] = {list(shapes[1])}, "
-            f"[Hv, K] = {list(shapes[2])}, [B, T, Hv] = {list(shapes[3])}, [B, T, Hv, K] = {list(shapes[4])}"
-        )
-    check_like("decay", decay, q, state_dtype(q.dtype))
+def check_gate(name: str, x: Any, q: Tensor, shape: Sequence[int], dims: str, *, required: bool = False) -> None:
+    """An fp32 (fp64) tensor of one shape: beta, value_decay, initial_state, ..."""
+    if x is not None or required:
+        check_shape(name, x, shape, dims)
+        check_like(name, x, q, state_dtype(q.dtype))
 
 
-def check_gate(name: str, x: Tensor | None, q: Tensor, shape: Sequence[int], dims: str) -> None:
-    """An optional fp32 (fp64) tensor of one shape: beta, value_decay, initial_state, ..."""
+def check_form(name: str, x: Tensor | None, q: Tensor, shapes: Mapping[str, Sequence[int]]) -> None:
+    """None, or an fp32 (fp64) tensor of one of several shapes, by their axes."""
     if x is None:
         return
-    check_shape(name, x, shape, dims)
+    check_tensor(name, x)
+    if tuple(x.shape) not in [tuple(shape) for shape in shapes.values()]:
+        allowed = ", ".join(f"[{dims.replace(' ', ', ')}] = {list(shape)}" for dims, shape in shapes.items())
+        raise ValueError(f"{name} has shape {list(x.shape)}; it must be None or one of {allowed}")
     check_like(name, x, q, state_dtype(q.dtype))
 
 
 def check_scale(scale: float | None) -> None:
-    if scale is not None and not isinstance(scale, (int, float)):
+    if scale is not None and (not isinstance(scale, (int, float)) or isinstance(scale, bool)):
         raise ValueError(f"scale is {type(scale).__name__}; it must be a number or None")
+    if scale is not None and not math.isfinite(scale):
+        raise ValueError(f"scale is {scale}; it must be finite")
 
 
-def check_length(length: int, cu_seqlens: Tensor | None, name: str = "q") -> None:
-    if length < 1 and cu_seqlens is None:
-        raise ValueError(f"{name} has T = 0; it must hold at least one token (only packed sequences may be empty)")
+def default_scale(scale: float | None, q: Tensor) -> float:
+    """The factor on q, once it is checked."""
+    check_scale(scale)
+    return float(q.shape[-1] ** -0.5 if scale is None else scale)
 
 
 def check_cu_seqlens(cu_seqlens: Tensor | None, x: Tensor) -> None:
@@ -128,16 +132,13 @@ def check_cu_seqlens(cu_seqlens: Tensor | None, x: Tensor) -> None:
     if cu_seqlens.device != x.device:
         raise ValueError(f"cu_seqlens is on {cu_seqlens.device}; it must be on {x.device} like the first input")
     if x.shape[0] != 1:
-        raise ValueError(f"the batch is {x.shape[0]}; with cu_seqlens it must be 1, the sequences packed along T")
+        raise ValueError(f"cu_seqlens is given beside a batch of {x.shape[0]}; with cu_seqlens it must be 1")
     if values_readable(cu_seqlens):
-        _check_boundaries(host_values(cu_seqlens), x.shape[1])
-
-
-def _check_boundaries(values: list[int], length: int) -> None:
-    if values[0] != 0 or values[-1] != length:
-        raise ValueError(f"cu_seqlens runs from {values[0]} to {values[-1]}; it must run from 0 to T = {length}")
-    if any(b < a for a, b in zip(values, values[1:], strict=False)):
-        raise ValueError(f"cu_seqlens is {values}; it must never decrease")
+        values, length = host_values(cu_seqlens), x.shape[1]
+        if values[0] != 0 or values[-1] != length:
+            raise ValueError(f"cu_seqlens runs from {values[0]} to {values[-1]}; it must run from 0 to T = {length}")
+        if values != sorted(values):
+            raise ValueError(f"cu_seqlens is {values}; it must never decrease")
 
 
 def values_readable(x: Tensor) -> bool:
@@ -150,48 +151,27 @@ def values_readable(x: Tensor) -> bool:
 def host_values(x: Tensor) -> list[int]:
     """x.tolist(), read from the device once as long as x lives and is not written."""
     version = None if x.is_inference() else x._version
-    cached = _host_values.get(x)
+    cached: tuple[int | None, list[int]] | None = _host_values.get(x)
     if cached is None or cached[0] != version or version is None:
-        cached = (version, x.tolist())
-        _host_values[x] = cached
-    values: list[int] = cached[1]
-    return values
+        cached = _host_values[x] = (version, x.tolist())
+    return cached[1]
 
 
-def check_bonus(bonus: Tensor | None, q: Tensor, v: Tensor) -> None:
-    """None | [Hv] | [Hv, K]."""
-    if bonus is None:
-        return
-    check_tensor("bonus", bonus)
-    shape = (v.shape[2], q.shape[3])
-    if tuple(bonus.shape) not in (shape[:1], shape):
-        raise ValueError(f"bonus has shape {list(bonus.shape)}; it must be [Hv] or [Hv, K] = {list(shape)}")
-    check_like("bonus", bonus, q, state_dtype(q.dtype))
-
-
-def check_state(state: Tensor | None, q: Tensor, v: Tensor, cu_seqlens: Tensor | None, columns: int) -> None:
-    """None | [N, Hv, K, columns] in the state dtype."""
-    n = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    check_gate("initial_state", state, q, (n, v.shape[2], q.shape[3], columns), "N Hv K V")
-
-
-def check_one_token(q: Tensor, name: str = "q") -> None:
-    if q.shape[1] != 1:
-        raise ValueError(f"{name} has T = {q.shape[1]}; a step takes exactly one token")
-
-
-def check_step_state(state: Tensor, q: Tensor, v: Tensor, columns: int) -> None:
-    check_tensor("state", state)
-    check_gate("state", state, q, (q.shape[0], v.shape[2], q.shape[3], columns), "B Hv K V")
-
-
-def check_tokens(name: str, x: Tensor, cu_seqlens: Tensor | None) -> None:
-    """Floats [B, T, D] with B and D of at least 1, and T too unless sequences are packed along it."""
+def check_tokens(name: str, x: Tensor, cu_seqlens: Tensor | None, step: bool, dims: str = "B T D") -> None:
+    """Floats [B, T, ...] with no axis empty, unless packed sequences have no token."""
     check_float(name, x)
-    check_dims(name, x, "B T D")
-    if x.shape[0] < 1 or x.shape[2] < 1:
-        raise ValueError(f"{name} has shape {list(x.shape)}; B and D must be at least 1")
-    check_length(x.shape[1], cu_seqlens, name)
+    check_dims(name, x, dims)
+    if 0 in (*x.shape[:1], *x.shape[2:]):
+        raise ValueError(f"{name} has shape {list(x.shape)}; only T may be 0, and only for packed sequences")
+    check_sequences(name, x, cu_seqlens, step)
+
+
+def check_sequences(name: str, x: Tensor, cu_seqlens: Tensor | None, step: bool) -> None:
+    """A step takes one token; a call takes at least one, unless sequences are packed along T."""
+    if step and x.shape[1] != 1:
+        raise ValueError(f"{name} has T = {x.shape[1]}; a step takes exactly one token")
+    if x.shape[1] < 1 and cu_seqlens is None:
+        raise ValueError(f"{name} has T = 0; it must hold at least one token (only packed sequences may be empty)")
     check_cu_seqlens(cu_seqlens, x)
 
 
@@ -200,13 +180,35 @@ def count_sequences(x: Tensor, cu_seqlens: Tensor | None) -> int:
     return x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
 
 
-def check_states(name: str, states: object, x: Tensor, parts: Parts, optional: bool = True) -> None:
-    """A tuple with one tensor in the state dtype for each of `parts`, in their order; or None, where `optional`."""
-    if states is None and optional:
+def check_state(state: Any, x: Tensor, shape: Sequence[int], dims: str, *rest: Any, dtype: Any = None) -> None:
+    """[N, *shape] in the state dtype, or another; only a step cannot do without."""
+    cu_seqlens, step = rest
+    if step or state is not None:
+        name = "state" if step else "initial_state"
+        check_shape(name, state, (count_sequences(x, cu_seqlens), *shape), f"N {dims}")
+        check_like(name, state, x, dtype or state_dtype(x.dtype))
+
+
+def check_states(states: object, x: Tensor, parts: Parts, cu_seqlens: Tensor | None, step: bool) -> None:
+    """A tuple with one tensor in the state dtype for each of `parts`, in their order; only a step needs it."""
+    if states is None and not step:
         return
+    name, n = "state" if step else "initial_state", count_sequences(x, cu_seqlens)
     if not isinstance(states, (tuple, list)) or len(states) != len(parts):
         found = f"{len(states)} items" if isinstance(states, (tuple, list)) else type(states).__name__
         raise ValueError(f"{name} is {found}; it must be a tuple of the {len(parts)} tensors ({', '.join(parts)})")
     for state, (part, (shape, dims)) in zip(states, parts.items(), strict=True):
-        check_shape(f"{part} of {name}", state, shape, dims)
-        check_like(f"{part} of {name}", state, x, state_dtype(x.dtype))
+        check_gate(f"{part} of {name}", state, x, (n, *shape), f"N {dims}", required=True)
+
+
+def check_recurrence(
+    q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, state: Tensor | None, cu_seqlens: Tensor | None = None, *,
+    columns: int = 0, step: bool = False,
+) -> None:  # fmt: skip
+    """What the ops with a state [N, Hv, K, V + columns] share."""
+    check_qkv(q, k, v)
+    b, t, hv, width = *v.shape[:3], q.shape[3]
+    forms = {"Hv": (hv,), "Hv K": (hv, width), "B T Hv": (b, t, hv), "B T Hv K": (b, t, hv, width)}
+    check_form("decay", decay, q, forms)
+    check_sequences("q", q, cu_seqlens, step)
+    check_state(state, q, (hv, width, v.shape[3] + columns), "Hv K V", cu_seqlens, step)

@@ -4,8 +4,6 @@ Shapes: B batch, T tokens, N sequences (B, or the packed ones), C tokens per chu
 Chunked arrays are [M, B, H, C, D]: the recurrence over chunks then reads contiguous slices.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch
@@ -48,31 +46,44 @@ class Chunks:
             return x[:, : self.length]
         return x.gather(1, _along(self.slots, x)) if self.slots.dim() == 2 else x.index_select(1, self.slots)
 
+    def finals(self, after: Tensor, before: Tensor) -> Tensor:
+        """Of the states [M, ...] after each chunk those [N, ...] after each packed sequence; an empty one leaves its
+        initial state `before` as it was."""
+        assert self.last is not None and self.empty is not None
+        last = after.index_select(0, self.last)
+        return torch.where(self.empty.view(-1, *[1] * (last.dim() - 1)), before, last)
 
-def _along(slots: Tensor, x: Tensor) -> Tensor:
-    """[B, T] as an index into x [B, ., ...] along axis 1."""
+
+def _along(slots: Tensor, x: Tensor) -> Tensor:  # [B, T] as an index into x [B, ., ...] along axis 1
     return slots.view(*slots.shape, *[1] * (x.dim() - 2)).expand(*slots.shape, *x.shape[2:])
 
 
 def layout(length: int, cu_seqlens: Tensor | None, size: int = CHUNK) -> Chunks:
-    """Chunks of `size` tokens, fewer when the call is shorter; boundaries count from the start of each sequence.
-
-    Packed sequences are laid out on the device, from shapes alone: T // C + N chunks always suffice, so no value of
-    `cu_seqlens` is read on the host. The chunks left over are empty and belong to the last sequence.
-    """
+    """Chunks of `size` tokens, fewer when the call is shorter; boundaries count from the start of each sequence."""
     size = min(size, 1 << max(length - 1, 0).bit_length())
-    if cu_seqlens is None:
-        return Chunks(length, size, -(-length // size))
-    count = length // size + cu_seqlens.shape[0] - 1
+    if cu_seqlens is not None:
+        return packed(length, cu_seqlens, size)
+    return Chunks(length, size, -(-length // size))
+
+
+def packed(length: int, cu_seqlens: Tensor, size: int, offset: Tensor | None = None) -> Chunks:
+    """Packed sequences, each beginning `offset` [N] (below `size`) places into its first chunk.
+
+    They are laid out on the device, from shapes alone: no value of `cu_seqlens` is read on the host, and there are as
+    many chunks as always suffice. Those left over are empty and belong to the last sequence.
+    """
     starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
-    ends = ((lengths + size - 1) // size).cumsum(0)  # [N] chunks up to and with each sequence
-    begins = ends - (lengths + size - 1) // size
+    begin = torch.zeros_like(lengths) if offset is None else offset.long()
+    spare = size - 1 if offset is None else 2 * (size - 1)
+    count = max(1, (length + lengths.shape[0] * spare) // size)
+    own = torch.where(lengths > 0, (begin + lengths + size - 1) // size, 0)
+    ends = own.cumsum(0)  # [N] chunks up to and with each sequence
     token = torch.arange(length, device=cu_seqlens.device)
     owner = torch.searchsorted(cu_seqlens.long(), token, right=True) - 1
-    slots = begins[owner] * size + token - starts[owner]
+    slots = (ends - own)[owner] * size + begin[owner] + token - starts[owner]
     chunk = torch.arange(count, device=cu_seqlens.device)
     sequence = torch.searchsorted(ends, chunk, right=True).clamp(max=lengths.shape[0] - 1)
-    first, last = chunk == begins[sequence], (ends - 1).clamp(min=0)
+    first, last = chunk == (ends - own)[sequence], (ends - 1).clamp(min=0)
     return Chunks(length, size, count, slots, sequence, first, last, lengths == 0)
 
 
@@ -82,3 +93,9 @@ def inside(chunks: Chunks, decay: Tensor | None, low: torch.dtype | None) -> Dec
         return NoDecay(low)
     split = chunks.split(decay)
     return HeadDecay(split.squeeze(-1), low) if split.shape[-1] == 1 else ChannelDecay(split, low)
+
+
+def transition(k: Tensor, decay: Decay, low_rank: Tensor) -> Tensor:
+    """[M, B, H, K, K] what a chunk makes of the state that enters it: Diag(exp of its decay) + low_rank."""
+    eye, keep = torch.eye(k.shape[-1], dtype=k.dtype, device=k.device), decay.total()
+    return (eye if keep is None else eye * keep) + low_rank

@@ -40,8 +40,7 @@ def differentiable(
     def gradients(*values: Any) -> list[Tensor]:
         *given, outputs, grads = values
         found = backward(dict(zip(labels, given, strict=True)), outputs, grads)
-        empty = outputs[0].new_empty(0)
-        return [empty if (grad := found.get(label)) is None else grad for label in tensors]
+        return [outputs[0].new_empty(0) if (grad := found.get(label)) is None else grad for label in tensors]
 
     optional = ", ".join(f"{'Tensor?' if kind == 'Tensor' else kind} {label}" for kind, label in fields)
     schema = f"({optional}, Tensor[] results, Tensor?[] grads) -> Tensor[]"

@@ -5,24 +5,12 @@ Every exponent is the sum of the log decays between two tokens: never positive, 
 sums, so strong decay neither overflows nor loses digits.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from zoo.kernels.products import product
-
-
-def wide(x: Tensor) -> Tensor:
-    """x in fp64, where the device has it: differences of long sums keep fp32 accuracy."""
-    return x if x.device.type == "mps" else x.double()
-
-
-def forget(x: Tensor) -> Tensor:
-    """Log decays bounded below where exp is zero anyway, so that -1e4 does not swamp the digits of the others."""
-    return x.clamp(min=-800.0 if x.dtype == torch.float64 else -120.0)
+from zoo.kernels.packed import product
 
 
 class NoDecay:
@@ -35,6 +23,7 @@ class NoDecay:
         return product(q, k.mT, self.low).tril(0 if diagonal else -1)
 
     def cross(self, rows: Sequence[Tensor], columns: Sequence[Tensor]) -> list[list[Tensor]]:
+        """`scores` of every one of `rows` with every one of `columns`."""
         return [[self.scores(q, k) for k in columns] for q in rows]
 
     def from_start(self, q: Tensor, *, exclusive: bool = False) -> Tensor:
@@ -47,12 +36,15 @@ class NoDecay:
         return None
 
 
-class HeadDecay:
+class HeadDecay(NoDecay):
     """One log decay per token and head, [..., C]."""
 
     def __init__(self, decay: Tensor, low: torch.dtype | None) -> None:
         self.low = low
-        self.step = wide(forget(decay))
+        # Bounded where exp is zero anyway, so that -1e4 does not swamp the digits of the others; in fp64, where that
+        # exists, so that differences of long sums keep fp32 accuracy.
+        bounded = decay.clamp(min=-800.0 if decay.dtype == torch.float64 else -120.0)
+        self.step = bounded if decay.device.type == "mps" else bounded.double()
         self.sum = self.step.cumsum(-1)
         self.dtype = decay.dtype
         self.inclusive: Tensor | None = None  # the delta rule scores twice under one matrix
@@ -76,10 +68,6 @@ class HeadDecay:
             self.inclusive = self._matrix(False)
         scores = product(q, k.mT, self.low) * self.inclusive
         return scores if diagonal else scores.tril(-1)
-
-    def cross(self, rows: Sequence[Tensor], columns: Sequence[Tensor]) -> list[list[Tensor]]:
-        """`scores` of every one of `rows` with every one of `columns`."""
-        return [[self.scores(q, k) for k in columns] for q in rows]
 
     def from_start(self, q: Tensor, *, exclusive: bool = False) -> Tensor:
         """q times the decay since the chunk began."""
@@ -111,19 +99,19 @@ class ChannelDecay:
         own = (q * k).sum(-1) if diagonal else torch.zeros_like(q[..., 0])
         blocks = own[..., None, None]
         for size, rows, columns in halves(self.step, exclusive):
-            low = product(odd(q, size) * rows.exp(), (even(k, size) * columns.exp()).mT, self.low)
-            blocks = _doubled(blocks, low)
+            low = product(half(1, q, size) * rows.exp(), (half(0, k, size) * columns.exp()).mT, self.low)
+            blocks = doubled(blocks, low)
         return blocks.squeeze(-3)
 
     def cross(self, rows: Sequence[Tensor], columns: Sequence[Tensor]) -> list[list[Tensor]]:
-        """As `HeadDecay.cross`. All rows of a token stand together, and all columns: they share its decay."""
+        """All rows of a token stand together, and all columns: they share its decay."""
         r, p = len(rows), len(columns)
         q, k = torch.stack(list(rows), -2), torch.stack(list(columns), -2)
         blocks, q, k = q @ k.mT, q.flatten(-3, -2), k.flatten(-3, -2)
         for size, since, until in halves(self.step, False):
-            left = odd(q, size * r) * since.exp().repeat_interleave(r, -2)
-            right = even(k, size * p) * until.exp().repeat_interleave(p, -2)
-            blocks = _doubled(blocks, product(left, right.mT, self.low))
+            left = half(1, q, size * r) * since.exp().repeat_interleave(r, -2)
+            right = half(0, k, size * p) * until.exp().repeat_interleave(p, -2)
+            blocks = doubled(blocks, product(left, right.mT, self.low))
         together = blocks.squeeze(-3).unflatten(-1, (-1, p)).unflatten(-3, (-1, r))  # [..., C, r, C, p]
         return [list(row.unbind(-1)) for row in together.unbind(-3)]
 
@@ -141,7 +129,7 @@ class ChannelDecay:
         """[..., C, V]: sum over j of scores_ij v_j times the decay from j to i, for decay on the value axis."""
         out = (scores.diagonal(dim1=-2, dim2=-1)[..., None] * v)[..., None, :]
         for size, rows, columns in halves(self.step, exclusive):
-            low = product(below(scores, size), even(v, size) * columns.exp(), self.low)
+            low = product(below(scores, size), half(0, v, size) * columns.exp(), self.low)
             first, second = pairs(out)
             out = torch.cat([first, second + rows.exp() * low], -2)
         return out.squeeze(-3)
@@ -154,7 +142,7 @@ def _exclusive(x: Tensor) -> Tensor:
     return torch.cat([torch.zeros_like(x[..., :1, :]), x[..., :-1, :]], -2)
 
 
-def _doubled(blocks: Tensor, low: Tensor) -> Tensor:
+def doubled(blocks: Tensor, low: Tensor) -> Tensor:
     """Diagonal blocks [..., n, size, size] joined in pairs with `low` between them: [..., n / 2, 2 size, 2 size]."""
     first, second = pairs(blocks)
     top = torch.cat([first, torch.zeros_like(low)], -1)
@@ -167,13 +155,9 @@ def pairs(blocks: Tensor) -> tuple[Tensor, Tensor]:
     return first, second
 
 
-def even(x: Tensor, size: int) -> Tensor:
-    """First halves of the blocks of 2 * size rows: [..., C, D] to [..., C / 2 size, size, D]."""
-    return x.unflatten(-2, (-1, 2, size)).unbind(-3)[0]
-
-
-def odd(x: Tensor, size: int) -> Tensor:
-    return x.unflatten(-2, (-1, 2, size)).unbind(-3)[1]
+def half(which: int, x: Tensor, size: int) -> Tensor:
+    """First (0) or second halves of the blocks of 2 * size rows: [..., C, D] to [..., C / 2 size, size, D]."""
+    return x.unflatten(-2, (-1, 2, size)).unbind(-3)[which]
 
 
 def below(x: Tensor, size: int) -> Tensor:

@@ -1,13 +1,20 @@
 """Which implementation of an op runs a call.
 
 A backend is a module of an op's package (`reference.py`, `chunked.py`, some `triton.py` or `eager.py`) with two
-functions that take the op's validated arguments in one fixed order: `supports(*args) -> None | reason` and
-`run(*args)`. The automatic choice is the fastest backend that supports the call. A pin (the `backend` keyword, then
-`use`, then the variable ZOO_KERNELS) is never replaced silently: a pinned backend that cannot run the call raises its
-reason.
-"""
+functions that take the op's validated arguments in one fixed order: `run(*args)` and, unless it runs every call,
+`supports(*args) -> None | reason`. The automatic choice is the fastest backend that supports the call. A pin (the
+`backend` keyword, then `use`, then the variable ZOO_KERNELS) is never replaced silently: a pinned backend that cannot
+run the call raises its reason.
 
-from __future__ import annotations
+What all recurrences take: `output_final_state` returns the state after the last token of every sequence; `cu_seqlens`,
+int32 [N + 1], are the boundaries of N sequences packed along T in a batch of 1, some of which may be empty; `backend`
+pins one. They raise ValueError where a shape, dtype or device is wrong, or the pinned backend cannot run the call. A
+step takes the same arguments with T = 1 and a state in fp32 (fp64 beside fp64 inputs), which it overwrites; its result
+has the dtype of the first argument.
+
+Shapes in all ops: B batch, T tokens, N sequences (B, or the packed ones), H key heads, Hv value heads, K and V head
+widths; elementwise ones have D channels.
+"""
 
 import importlib
 import importlib.util
@@ -17,6 +24,10 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+
+from torch import Tensor
+
+from zoo.kernels import checks
 
 FASTEST_FIRST = ("triton", "chunked", "eager", "reference")
 
@@ -34,14 +45,14 @@ class Backend:
 def load(package: str) -> dict[str, Backend]:
     """The backends of an op's package, fastest first. Called once, by the package itself."""
     found = (name for name in FASTEST_FIRST if importlib.util.find_spec(f"{package}.{name}"))
-    return {name: _load_one(package, name) for name in found}
+    return {name: _load(package, name) for name in found}
 
 
-def _load_one(package: str, name: str) -> Backend:
+def _load(package: str, name: str) -> Backend:
     if name == "triton" and importlib.util.find_spec("triton") is None:
         return Backend(name, lambda *args: "triton is not installed", lambda *args: None)
     module = importlib.import_module(f"{package}.{name}")
-    return Backend(name, module.supports, module.run)
+    return Backend(name, getattr(module, "supports", lambda *args: None), module.run)
 
 
 def ops() -> list[str]:
@@ -78,7 +89,12 @@ def select(candidates: Mapping[str, Backend], backend: str | None, args: tuple[A
     """The backend that runs this call. Raises ValueError when the pinned one, or every one, cannot."""
     name = backend or pinned()
     if name is not None:
-        return _select_pinned(candidates, name, args)
+        if name not in candidates:
+            raise ValueError(f"backend is {name!r}; this op has {', '.join(candidates)}")
+        reason = candidates[name].supports(*args)
+        if reason is not None:
+            raise ValueError(f"backend {name!r} cannot run this call: {reason}; unpin it to let another one run")
+        return candidates[name]
     reasons = []
     for candidate in candidates.values():
         reason = candidate.supports(*args)
@@ -88,10 +104,12 @@ def select(candidates: Mapping[str, Backend], backend: str | None, args: tuple[A
     raise ValueError(f"no backend can run this call ({'; '.join(reasons)})")
 
 
-def _select_pinned(candidates: Mapping[str, Backend], name: str, args: tuple[Any, ...]) -> Backend:
-    if name not in candidates:
-        raise ValueError(f"backend is {name!r}; this op has {', '.join(candidates)}")
-    reason = candidates[name].supports(*args)
-    if reason is not None:
-        raise ValueError(f"backend {name!r} cannot run this call: {reason}; unpin it to let another one run")
-    return candidates[name]
+def recur(candidates: Mapping[str, Backend], backend: str | None, *args: Any) -> tuple[Tensor, Any]:
+    """The results of a recurrence: o in the dtype of its first argument, and the final state where it is wanted.
+
+    The last three arguments of every recurrence are initial_state, output_final_state and cu_seqlens.
+    """
+    chosen = select(candidates, backend, args)
+    with checks.autocast_off(args[0]):
+        o, state = chosen.run(*args)
+        return o.to(args[0].dtype), state if args[-2] else None

@@ -1,16 +1,12 @@
-"""Helpers of the token loops and the chunked forms: head groups, decay forms and packed sequences.
+"""What the ops with keys and queries share: head groups, forms of decay, precision.
 
-Shapes: B batch, T tokens, N sequences, H key heads, Hv value heads, K and V head widths.
+Shapes: B batch, T tokens, H key heads, Hv value heads, K and V head widths.
 """
-
-from __future__ import annotations
-
-from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from zoo.kernels.checks import host_values
+from zoo.kernels.checks import state_dtype
 
 
 def heads(x: Tensor, v: Tensor) -> Tensor:
@@ -28,24 +24,22 @@ def per_token(decay: Tensor | None, v: Tensor) -> Tensor | None:
     return decay if decay.dim() == 4 else decay.reshape(decay.shape[0], -1).expand(*v.shape[:2], -1, -1)
 
 
-def each_sequence(
-    run: Callable[..., tuple[Tensor, Tensor]],
-    inputs: Sequence[Tensor | None],
-    state: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """`run(state, *inputs)` over the batch, or over the packed sequences in turn (reading cu_seqlens on the host)."""
-    if cu_seqlens is None:
-        return run(state, *inputs)
-    ends = host_values(cu_seqlens)
-    outputs, states = [], []
-    for n, (begin, end) in enumerate(zip(ends, ends[1:], strict=False)):
-        part = [None if x is None else x[:, begin:end] for x in inputs]
-        o, final = run(None if state is None else state[n : n + 1], *part)
-        outputs.append(o)
-        states.append(final)
-    return torch.cat(outputs, 1), torch.cat(states)
+def prepare(q: Tensor, k: Tensor, v: Tensor, *others: Tensor, scale: float = 1.0, norm: bool = False) -> list[Tensor]:
+    """All in the state dtype, and all but v with Hv heads; q and k normalised, q scaled."""
+    dtype = state_dtype(q.dtype)
+    q, k, *rest = (x.to(dtype) for x in (q, k, *others))
+    if norm:
+        q, k = (x * torch.rsqrt((x * x).sum(-1, keepdim=True) + 1e-6) for x in (q, k))
+    q, k, *rest = (heads(x, v) for x in (q if scale == 1 else q * scale, k, *rest))
+    return [q, k, v.to(dtype), *rest]
 
 
-def l2norm(x: Tensor) -> Tensor:
-    return x * torch.rsqrt((x * x).sum(-1, keepdim=True) + 1e-6)
+def low_precision(x: Tensor) -> torch.dtype | None:
+    """The dtype that products may round their operands to: bf16 inputs on a GPU keep its fast products, which sum in
+    fp32. All else is computed in fp32 or fp64 (fp16 too: its range is too small for states)."""
+    return torch.bfloat16 if x.is_cuda and x.dtype == torch.bfloat16 else None
+
+
+def product(a: Tensor, b: Tensor, low: torch.dtype | None) -> Tensor:
+    """a @ b in a's dtype, with the operands rounded to `low` where it is given."""
+    return a @ b if low is None else (a.to(low) @ b.to(low)).to(a.dtype)

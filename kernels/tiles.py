@@ -3,7 +3,7 @@
 
 Shapes: B batch, T tokens, C tokens of a chunk, H key heads, HV value heads, K and V head widths, BK and BV tiles of
 them; rows are the B * T tokens, and a chunk is `count` rows from `row` on. Row numbers are 64-bit, and every address
-is made from one.
+is made from one; offsets inside a tile are 32-bit, as registers are few.
 """
 
 # The annotations of a kernel are read when it is defined: no `from __future__ import annotations` here.
@@ -39,20 +39,41 @@ def sequence_rows(n, length, chunks, cu_seqlens, first_chunk, PACKED: tl.constex
 
 
 @triton.jit
+def chunk_offset(i, size, C: tl.constexpr):
+    """i * C, for the chunks of a loop. The bound, which never acts, hides from LLVM that the number grows evenly:
+    strength reduction would keep 64-bit registers for every address in the loop."""
+    return tl.minimum(i * C, size - 1)
+
+
+@triton.jit
+def _inside(r, count, c, D: tl.constexpr, BD: tl.constexpr):
+    """Mask of a tile; columns need none where tiles, which begin at multiples of BD, fill D."""
+    return (r < count)[:, None] if D % BD == 0 else (r < count)[:, None] & (c < D)[None, :]
+
+
+@triton.jit
+def _place(x, r, c, stride, BD: tl.constexpr):
+    """Addresses of a tile. Where the stride is a constant, rows are split so that those of one thread differ by known
+    numbers: one address per tile stays in registers."""
+    S: tl.constexpr = (8 if BD >= 128 else 16) if isinstance(stride, int) else 1 << 20
+    return x + ((r % S)[:, None] * stride + c[None, :]) + (r // S * S)[:, None] * stride
+
+
+@triton.jit
 def load_rows(x, row, count, stride, column, D: tl.constexpr, C: tl.constexpr, BD: tl.constexpr):
     """[C, BD] from `column` on, zero beyond `count` rows and D columns."""
     r = tl.arange(0, C)
     c = column + tl.arange(0, BD)
-    place = x + (row + r)[:, None] * stride + c[None, :]
-    return tl.load(place, mask=(r < count)[:, None] & (c < D)[None, :], other=0.0)
+    place = _place(x + row * stride, r, c, stride, BD)
+    return tl.load(place, mask=_inside(r, count, c, D, BD), other=0.0)
 
 
 @triton.jit
 def store_rows(x, value, row, count, stride, column, D: tl.constexpr, C: tl.constexpr, BD: tl.constexpr):
     r = tl.arange(0, C)
     c = column + tl.arange(0, BD)
-    place = x + (row + r)[:, None] * stride + c[None, :]
-    tl.store(place, value.to(x.dtype.element_ty), mask=(r < count)[:, None] & (c < D)[None, :])
+    place = _place(x + row * stride, r, c, stride, BD)
+    tl.store(place, value.to(x.dtype.element_ty), mask=_inside(r, count, c, D, BD))
 
 
 @triton.jit
@@ -60,7 +81,7 @@ def load_state(x, number, count, column, K: tl.constexpr, V: tl.constexpr, BK: t
     """[BK, BV] of state `number` (64-bit) in an array of [K, V]; that of an empty chunk was never written."""
     r = tl.arange(0, BK)
     c = column + tl.arange(0, BV)
-    place = x + number * (K * V) + r[:, None] * V + c[None, :]
+    place = x + number * (K * V) + (r[:, None] * V + c[None, :])
     return tl.load(place, mask=((r < K) & (r * 0 < count))[:, None] & (c < V)[None, :], other=0.0)
 
 
@@ -68,7 +89,7 @@ def load_state(x, number, count, column, K: tl.constexpr, V: tl.constexpr, BK: t
 def store_state(x, value, number, column, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):
     r = tl.arange(0, BK)
     c = column + tl.arange(0, BV)
-    place = x + number * (K * V) + r[:, None] * V + c[None, :]
+    place = x + number * (K * V) + (r[:, None] * V + c[None, :])
     tl.store(place, value.to(x.dtype.element_ty), mask=(r < K)[:, None] & (c < V)[None, :])
 
 
@@ -77,16 +98,6 @@ def load_gate(x, row, count, heads, head, C: tl.constexpr):
     """[C] of one number per token and head."""
     r = tl.arange(0, C)
     return tl.load(x + (row + r) * heads + head, mask=r < count, other=0.0)
-
-
-@triton.jit
-def load_norm(norms, row, count, heads, head, C: tl.constexpr, NORM: tl.constexpr):
-    """[C] of rsqrt(sum(x * x) + 1e-6), or ones."""
-    if NORM:
-        factor = load_gate(norms, row, count, heads, head, C)
-    else:
-        factor = tl.full([C], 1.0, tl.float32)
-    return factor
 
 
 @triton.jit
@@ -105,19 +116,41 @@ def load_sums(sums, row, count, heads, head, C: tl.constexpr, DECAY: tl.constexp
 
 
 @triton.jit
-def decay_between(sum, count, C: tl.constexpr, DECAY: tl.constexpr, TRANSPOSED: tl.constexpr):
+def decay_between(sum, count, C: tl.constexpr, TRANSPOSED: tl.constexpr):
     """[i, j] (TRANSPOSED: [j, i]) of the decay from token j to token i, for j <= i; zero elsewhere."""
     r = tl.arange(0, C)
     if TRANSPOSED:
-        seen = (r[:, None] <= r[None, :]) & (r < count)[None, :]
+        i, j, gap = r[None, :], r[:, None], sum[None, :] - sum[:, None]
     else:
-        seen = (r[:, None] >= r[None, :]) & (r < count)[:, None]
-    if DECAY:
-        if TRANSPOSED:
-            gap = sum[None, :] - sum[:, None]
-        else:
-            gap = sum[:, None] - sum[None, :]
-        factor = tl.where(seen, tl.exp(tl.where(seen, gap.to(tl.float32), 0.0)), 0.0)
-    else:
-        factor = tl.where(seen, 1.0, 0.0)
-    return factor
+        i, j, gap = r[:, None], r[None, :], sum[:, None] - sum[None, :]
+    seen = (i >= j) & (i < count)
+    return tl.where(seen, tl.exp(tl.where(seen, gap.to(tl.float32), 0.0)), 0.0)
+
+
+# ---- elementwise recurrences: a program for each tile of D, segment of T and sequence, as `vector` divides them ------
+SEGMENTS = ["length", "segment", "segments", "tiles"]
+
+
+@triton.jit
+def affine(keep1, add1, keep2, add2):
+    """One map s -> keep s + add after another."""
+    return keep1 * keep2, keep2 * add1 + add2
+
+
+@triton.jit
+def row_of(x, r, row):
+    """One row of a tile; r numbers its rows."""
+    return tl.sum(tl.where(r == row, x, 0.0), 0)
+
+
+@triton.jit
+def place_segment(cu_seqlens, first_chunk, length, chunks, segment, segments, tiles, BD: tl.constexpr,
+                  PACKED: tl.constexpr):  # fmt: skip
+    """Channels [BD], sequence, its first row, number of tokens and first chunk, the segment's number, begin and end,
+    and [BD] if it is the sequence's last one with tokens, or the first one of none."""
+    pid = tl.program_id(0)
+    c = (pid % tiles) * BD + tl.arange(0, BD)
+    s, n = pid // tiles % segments, (pid // tiles // segments).to(tl.int64)
+    row, size, chunk = sequence_rows(n, length, chunks, cu_seqlens, first_chunk, PACKED)
+    owner = c * 0 + s == tl.maximum(tl.cdiv(size, segment), 1) - 1
+    return c, n, row, size, chunk, s, s * segment, tl.minimum((s + 1) * segment, size), owner

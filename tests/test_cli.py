@@ -25,6 +25,7 @@ VERBS = {
     "heal": {"TEACHER", "STUDENT", "OUT", "--data", "--align-tokens", "--distill-tokens", "--resume"},
     "eval": {"MODEL", "--tasks", "--teacher", "--data", "--lengths", "--samples", "--out", "--json"},
     "generate": {"MODEL", "PROMPT", "--max-new-tokens", "--temperature", "--top-p", "--seed"},
+    "bench": {"KERNELS", "--op", "--against", "--out", "--tune", "--dtype", "--direction", "--jobs"},
     "card": {"NAME", "--check"},
     "demo": {"--out"},
 }

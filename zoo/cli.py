@@ -114,7 +114,7 @@ def heal(
     student: Annotated[str, typer.Argument(help="Directory that `zoo convert` wrote.")],
     out: Annotated[Path, typer.Argument(help="Directory to write; it must not exist.")],
     data: Annotated[
-        str, typer.Option(help="Text file, .xz, directory, datasets:NAME, recall, or self: sampled from the teacher.")
+        str, typer.Option(help="Text file, .xz, directory, datasets:NAME, recall, lists, or self: teacher's samples.")
     ] = "self",
     align_tokens: Annotated[int | None, typer.Option(help="Tokens of stage align; by default by the device.")] = None,
     distill_tokens: Annotated[int | None, typer.Option(help="Tokens of stage distill; likewise.")] = None,
@@ -196,6 +196,37 @@ def card(
 
 
 @app.command()
+def bench(
+    what: Annotated[str, typer.Argument(metavar="kernels", help="What to measure; `kernels` is all there is.")],
+    op: Annotated[str | None, typer.Option(help="OP or OP/VARIANT, with commas between them; all by default.")] = None,
+    against: Annotated[str | None, typer.Option(help="Peers to measure beside ours: fla,sdpa,flex.")] = None,
+    out: Annotated[Path | None, typer.Option(help="CSV to write or go on with; the plot lies beside it.")] = None,
+    tune: Annotated[bool, typer.Option("--tune", help="Search launch choices for this GPU and keep them.")] = False,
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    direction: Annotated[str | None, typer.Option(help="fwd, fwdbwd or decode; all by default.")] = None,
+    jobs: Annotated[int | None, typer.Option(help="Processes that compile; one per core by default.")] = None,
+) -> None:
+    """Check and time the kernels on this GPU (small cases without one)."""
+    if what != "kernels":
+        raise ZooError(f"{what!r} cannot be measured; `zoo bench kernels` can")
+    ops, peers = names_in(op), names_in(against) or []
+    quiet()
+    from zoo.commands import bench as benchmark
+
+    if tune:
+        from zoo.commands import bench_tune
+
+        found = bench_tune.tune(ops, dtype)
+        show_table(("kernel", "key", "before", "now", "times faster"), found)
+        return
+    rows = benchmark.run(ops, peers, out, dtype=dtype, direction=direction, jobs=jobs)
+    show_table(benchmark.HEADER, [benchmark.cells(row) for row in rows])
+    if means := benchmark.summary(rows):
+        show_table(benchmark.SUMMARY_HEADER, means)
+    raise typer.Exit(0 if all(row["check"] == "ok" for row in rows) else 1)
+
+
+@app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Directory to write; it must not exist.")] = Path("zoo-demo"),
 ) -> None:
@@ -220,6 +251,10 @@ def integers(option: str, text: str | None) -> list[int] | None:
         return [int(part) for part in text.split(",") if part.strip()]
     except ValueError:
         raise ZooError(f"{option} was {text!r}; it must be integers with commas between them, like 2,5,8") from None
+
+
+def names_in(text: str | None) -> list[str] | None:
+    return None if text is None else [part.strip() for part in text.split(",") if part.strip()]
 
 
 def plan_row(row: Any) -> tuple[str, ...]:

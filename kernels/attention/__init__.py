@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from zoo.kernels import checks, dispatch
-from zoo.kernels.attention.checking import check
-from zoo.kernels.attention.mask import PADDING, Mask
+from zoo.kernels.attention.mask import PADDING, Call, Mask
 
 __all__ = ["PADDING", "attention"]
 
@@ -21,25 +21,11 @@ BACKENDS = dispatch.load(__name__)
 
 
 def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    causal: bool = True,
-    window: int | None = None,
-    sink_tokens: int = 0,
-    sink_logits: Tensor | None = None,
-    chunk: int | None = None,
-    stride: int | None = None,
-    dilation: int | None = None,
-    q_positions: Tensor | None = None,
-    k_positions: Tensor | None = None,
-    softcap: float | None = None,
-    scale: float | None = None,
-    return_lse: bool = False,
-    cu_seqlens: Tensor | None = None,
-    backend: str | None = None,
-) -> Any:
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, window: int | None = None, sink_tokens: int = 0,
+    sink_logits: Tensor | None = None, chunk: int | None = None, stride: int | None = None, dilation: int | None = None,
+    q_positions: Tensor | None = None, k_positions: Tensor | None = None, softcap: float | None = None,
+    scale: float | None = None, return_lse: bool = False, cu_seqlens: Tensor | None = None, backend: str | None = None,
+) -> Any:  # fmt: skip
     """Attention of every query over the keys it sees.
 
     A key is visible when it is not later than the query (`causal`) and is local, a sink token, or on the stride.
@@ -70,9 +56,56 @@ def attention(
         ValueError: a shape, dtype, device or option is wrong, or the pinned backend cannot run the call.
     """
     q, k, v = checks.autocast(q, k, v)
-    mask = Mask(causal, window, sink_tokens, chunk, stride, dilation)
-    check(q, k, v, mask, sink_logits, q_positions, k_positions, softcap, scale, cu_seqlens)
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    args = (q, k, v, mask, sink_logits, q_positions, k_positions, softcap, scale, return_lse, cu_seqlens)
-    o, lse = dispatch.select(BACKENDS, backend, args).run(*args)
+    _check_qkv(q, k, v)
+    mask, scale = Mask(causal, window, sink_tokens, chunk, stride, dilation), checks.default_scale(scale, q)
+    call = Call(q, k, v, mask, sink_logits, q_positions, k_positions, softcap, scale, return_lse, cu_seqlens)
+    _check_options(call)
+    o, lse = dispatch.select(BACKENDS, backend or dispatch.pinned() or _best(call), (call,)).run(call)
     return (o, lse) if return_lse else o
+
+
+def _best(call: Call) -> str | None:
+    """torch's own attention where it needs no mask tensor (to decode it splits the keys), unless gradients must be
+    deterministic; else our kernels, first in the order, which skip what a mask hides. FlexAttention does too, but
+    takes many seconds to compile each mask."""
+    return "chunked" if call.sdpa and not torch.are_deterministic_algorithms_enabled() else None
+
+
+def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
+    checks.check_float("q", q)
+    for name, x, dims in (("q", q, "B Tq H K"), ("k", k, "B Tk Hk K"), ("v", v, "B Tk Hk V")):
+        checks.check_dims(name, x, dims)
+        checks.check_like(name, x, q, q.dtype)
+    checks.check_shape("k", k, (q.shape[0], *k.shape[1:3], q.shape[3]), "B Tk Hk K")
+    checks.check_shape("v", v, (*k.shape[:3], v.shape[3]), "B Tk Hk V")
+    if k.shape[2] < 1 or q.shape[2] < 1 or q.shape[2] % k.shape[2]:
+        raise ValueError(f"q has {q.shape[2]} heads; it must be a positive multiple of the {k.shape[2]} heads of k")
+    if q.shape[0] < 1 or q.shape[3] < 1 or v.shape[3] < 1:
+        raise ValueError(f"q {list(q.shape)} and v {list(v.shape)} must have B, K and V of at least 1")
+
+
+def _check_options(call: Call) -> None:
+    q, k, mask = call.q, call.k, call.mask
+    for name in ("window", "chunk", "stride", "dilation"):
+        value = getattr(mask, name)
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise ValueError(f"{name} is {value!r}; it must be None or an integer of at least 1")
+    if not isinstance(mask.sink_tokens, int) or mask.sink_tokens < 0:
+        raise ValueError(f"sink_tokens is {mask.sink_tokens!r}; it must be an integer of at least 0")
+    if call.softcap is not None and not call.softcap > 0:
+        raise ValueError(f"softcap is {call.softcap!r}; it must be None or positive")
+    checks.check_gate("sink_logits", call.sink_logits, q, (q.shape[2],), "H")
+    checks.check_cu_seqlens(call.cu_seqlens, k)
+    for name, x, like in (("q_positions", call.q_positions, q), ("k_positions", call.k_positions, k)):
+        if x is not None:
+            checks.check_tensor(name, x)
+            if tuple(x.shape) not in (like.shape[1:2], like.shape[:2]):
+                b, t = like.shape[:2]
+                raise ValueError(f"{name} has shape {list(x.shape)}; it must be [T] = [{t}] or [B, T] = [{b}, {t}]")
+            if x.dtype not in (torch.int32, torch.int64):
+                raise ValueError(f"{name} has dtype {x.dtype}; it must be torch.int32 or torch.int64")
+            checks.check_like(name, x, like, x.dtype)
+    if call.cu_seqlens is not None and q.shape[1] != k.shape[1]:
+        raise ValueError(f"q has {q.shape[1]} tokens and k {k.shape[1]}; with cu_seqlens both must have the same")
+    if call.cu_seqlens is None and 0 in (q.shape[1], k.shape[1]):
+        raise ValueError(f"q has T = {q.shape[1]} and k has T = {k.shape[1]}; both must hold at least one token")

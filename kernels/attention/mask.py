@@ -1,11 +1,13 @@
-"""Which keys a query sees.
+"""One call of attention, and which keys a query sees in it.
 
-Shapes: B batch, Tq queries, Tk keys.
+Shapes: B batch, Tq queries, Tk keys, H query heads, Hk key heads, K and V head widths.
 """
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -27,54 +29,83 @@ class Mask:
     @property
     def local(self) -> bool:
         """Whether anything but causality restricts what is seen."""
-        return not (self.window is None and self.chunk is None and self.dilation is None and self.stride is None)
+        return (self.window, self.chunk, self.stride, self.dilation) != (None,) * 4
 
     def visible(self, q_positions: Tensor, k_positions: Tensor) -> Tensor:
         """bool [..., Tq, Tk] from positions [..., Tq] and [..., Tk]."""
         pq, pk = q_positions[..., :, None], k_positions[..., None, :]
-        seen = pk < PADDING
-        if self.causal:
-            seen = seen & (pk <= pq)
-        if not self.local:
-            return seen.expand(torch.broadcast_shapes(seen.shape, pq.shape))
-        near = self._near(pq, pk)
-        if self.sink_tokens:
-            near = near | (pk < self.sink_tokens)
-        if self.stride is not None:
-            near = near | ((pq - pk) % self.stride == 0)
-        return seen & near
-
-    def _near(self, pq: Tensor, pk: Tensor) -> Tensor:
-        distance = (pq - pk).abs()
-        if self.window is None and self.chunk is None and self.dilation is None:
-            return torch.zeros_like(distance, dtype=torch.bool)
-        near = torch.ones_like(distance, dtype=torch.bool)
-        if self.window is not None:
-            near = near & (distance < self.window * (self.dilation or 1))
-        if self.dilation is not None:
-            near = near & (distance % self.dilation == 0)
-        if self.chunk is not None:
-            near = near & (pq.div(self.chunk, rounding_mode="floor") == pk.div(self.chunk, rounding_mode="floor"))
-        return near
+        apart = pq - pk
+        seen = (pk < PADDING) & (apart >= 0 if self.causal else apart == apart)
+        near = [] if self.window is None else [apart.abs() < self.window * (self.dilation or 1)]
+        near += [] if self.dilation is None else [apart % self.dilation == 0]
+        near += [] if self.chunk is None else [pq // self.chunk == pk // self.chunk]
+        kinds = [reduce(operator.and_, near)] if near else []
+        kinds += [] if self.stride is None else [apart % self.stride == 0]
+        return seen & reduce(operator.or_, [*kinds, pk < self.sink_tokens]) if kinds else seen
 
 
-def positions(
-    q: Tensor, k: Tensor, q_positions: Tensor | None, k_positions: Tensor | None, cu_seqlens: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Positions of queries and keys with the defaults filled in, [T] or [B, T]; inside a packed batch they count from
-    the start of each sequence."""
-    keys = torch.arange(k.shape[1], device=k.device)
-    if cu_seqlens is not None:
-        keys = keys - cu_seqlens.long()[owners(cu_seqlens, k.shape[1])]
-    queries = keys[k.shape[1] - q.shape[1] :] if q.shape[1] <= k.shape[1] else _behind(q, k)
-    return queries if q_positions is None else q_positions, keys if k_positions is None else k_positions
+@dataclass(frozen=True)
+class Call:
+    """The validated arguments of `attention`, the one argument of its backends."""
 
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Mask
+    sink_logits: Tensor | None
+    q_positions: Tensor | None
+    k_positions: Tensor | None
+    softcap: float | None
+    scale: float
+    return_lse: bool
+    cu_seqlens: Tensor | None
 
-def _behind(q: Tensor, k: Tensor) -> Tensor:
-    return torch.arange(k.shape[1] - q.shape[1], k.shape[1], device=q.device)
+    @property
+    def default(self) -> bool:
+        """Whether keys lie at 0 .. Tk - 1 and queries at the last of these."""
+        return self.q_positions is None and self.k_positions is None and self.cu_seqlens is None
 
+    @property
+    def sdpa(self) -> bool:
+        """Whether torch's own attention runs the call without a mask tensor."""
+        tq, tk, mask = self.q.shape[1], self.k.shape[1], self.mask
+        wide = Mask(mask.causal, mask.window, mask.sink_tokens) == mask and tq <= tk <= (mask.window or 0)
+        free = self.default and (wide or not mask.local) and (not mask.causal or tq in (1, tk))
+        return free and self.sink_logits is None and self.softcap is None and not self.return_lse
 
-def owners(cu_seqlens: Tensor, length: int) -> Tensor:
-    """[T] the packed sequence of each token."""
-    token = torch.arange(length, device=cu_seqlens.device)
-    return torch.searchsorted(cu_seqlens.long(), token, right=True) - 1
+    def positions(self) -> tuple[Tensor, Tensor]:
+        """Of queries and keys with the defaults filled in, [T] or [B, T]; inside a packed batch they count from the
+        start of each sequence."""
+        tq, tk = self.q.shape[1], self.k.shape[1]
+        queries, keys = torch.arange(tk - tq, tk, device=self.k.device), torch.arange(tk, device=self.k.device)
+        if self.cu_seqlens is not None:
+            queries = keys = keys - self.cu_seqlens.long()[self._owners()]
+        queries = queries if self.q_positions is None else self.q_positions
+        return queries, keys if self.k_positions is None else self.k_positions
+
+    def near(self, begin: int, end: int) -> slice | Tensor:
+        """The keys that queries begin .. end - 1 may see, or more."""
+        mask, tq, tk = self.mask, self.q.shape[1], self.k.shape[1]
+        if not self.default or mask.stride is not None:
+            return slice(0, tk)
+        far = tq + tk
+        reach = min(mask.chunk or far, (mask.window or far) * (mask.dilation or 1))
+        low = min(max(tk - tq + begin - reach + 1, 0), tk - 1)
+        high = max(min(tk - tq + end + (0 if mask.causal else reach - 1), tk), low + 1)
+        sinks = torch.arange(min(mask.sink_tokens, low), device=self.k.device)
+        return torch.cat([sinks, torch.arange(low, high, device=sinks.device)]) if len(sinks) else slice(low, high)
+
+    def visible(self, queries: slice, keys: slice | Tensor) -> Tensor:
+        """bool [B or 1, queries, keys] for some of them."""
+        pq, pk = (torch.atleast_2d(x) for x in self.positions())
+        seen = self.mask.visible(pq[:, queries], pk[:, keys])
+        if self.cu_seqlens is None:
+            return seen
+        owners = self._owners()
+        return seen & (owners[queries, None] == owners[keys])
+
+    def _owners(self) -> Tensor:
+        """[T] the packed sequence of each token."""
+        assert self.cu_seqlens is not None
+        token = torch.arange(self.k.shape[1], device=self.k.device)
+        return torch.searchsorted(self.cu_seqlens.long(), token, right=True) - 1

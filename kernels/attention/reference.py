@@ -11,61 +11,43 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from zoo.kernels.attention.mask import Mask, owners, positions
+from zoo.kernels.attention.mask import Call
 from zoo.kernels.checks import state_dtype
 
 
-def supports(*args: object) -> str | None:
-    return None
+def run(call: Call) -> tuple[Tensor, Tensor]:
+    return attend(call, 1, state_dtype(call.q.dtype))
 
 
-def run(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Mask,
-    sink_logits: Tensor | None,
-    q_positions: Tensor | None,
-    k_positions: Tensor | None,
-    softcap: float | None,
-    scale: float,
-    return_lse: bool,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor | None]:
-    q_positions, k_positions = positions(q, k, q_positions, k_positions, cu_seqlens)
-    pq, pk = q_positions.expand(q.shape[:2]), k_positions.expand(k.shape[:2])
-    groups, dtype = q.shape[2] // k.shape[2], state_dtype(q.dtype)
-    keys, values = (x.to(dtype).repeat_interleave(groups, 2) for x in (k, v))
-    outputs = [torch.zeros_like(values[:, :0])]
-    norms = [values[:, :0, :, 0]]
+def attend(call: Call, block: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """o and lse from the scores of `block` queries at a time; products in `dtype`, the softmax in fp32 (fp64)."""
+    groups = call.q.shape[2] // call.k.shape[2]
+    q, k, v = (x.to(dtype).transpose(1, 2) for x in (call.q, call.k, call.v))
+    k, v = (x.repeat_interleave(groups, 1) if groups > 1 else x for x in (k, v))
+    outputs, norms = (
+        [v.new_zeros(*q.shape[:2], 0, v.shape[3])],
+        [q.new_zeros(*q.shape[:2], 0, dtype=state_dtype(dtype))],
+    )
     with torch.autocast(q.device.type, enabled=False):
-        for i in range(q.shape[1]):
-            seen = mask.visible(pq[:, i : i + 1], pk)[:, 0]  # [B, Tk]
-            if cu_seqlens is not None:
-                seen = seen & (owners(cu_seqlens, k.shape[1]) == owners(cu_seqlens, k.shape[1])[i])
-            o, lse = _query(q[:, i].to(dtype), keys, values, seen, sink_logits, softcap, scale)
-            outputs.append(o[:, None])
-            norms.append(lse[:, None])
-    return torch.cat(outputs, 1).to(q.dtype), torch.cat(norms, 1) if return_lse else None
+        for begin in range(0, q.shape[2], max(block, 1)):
+            queries = slice(begin, min(begin + block, q.shape[2]))
+            keys = call.near(begin, queries.stop)
+            scores = call.scale * (q[:, :, queries] @ k[:, :, keys].mT)
+            if call.softcap is not None:
+                scores = call.softcap * torch.tanh(scores / call.softcap)
+            seen = call.visible(queries, keys)[:, None]
+            weights, lse = _softmax(scores.to(state_dtype(dtype)), seen, call.sink_logits)
+            outputs.append(weights.to(dtype) @ v[:, :, keys])
+            norms.append(lse)
+    return torch.cat(outputs, 2).transpose(1, 2).to(call.q.dtype), torch.cat(norms, 2).transpose(1, 2)
 
 
-def _query(
-    q: Tensor, k: Tensor, v: Tensor, seen: Tensor, sink_logits: Tensor | None, softcap: float | None, scale: float
-) -> tuple[Tensor, Tensor]:
-    scores = scale * torch.einsum("bhk,bjhk->bhj", q, k)
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    return weigh(scores, seen[:, None], v.transpose(1, 2), sink_logits)
-
-
-def weigh(scores: Tensor, seen: Tensor, v: Tensor, sink_logits: Tensor | None) -> tuple[Tensor, Tensor]:
-    """o [..., V] and lse [...] from scores [B, H, ..., Tk], what is seen, v [B, H, Tk, V] and sink_logits [H]."""
-    scores = scores.masked_fill(~seen, -torch.inf)
-    blind = ~seen.any(-1)
+def _softmax(scores: Tensor, seen: Tensor, sink_logits: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Weights [B, H, n, Tk] and lse [B, H, n]; a row that sees nothing gets zeros and -inf."""
+    keys, blind = scores.shape[-1], ~seen.any(-1)
+    scores = scores.masked_fill(~seen, -torch.inf).masked_fill(blind[..., None], 0.0)
     if sink_logits is not None:
-        sink = sink_logits.reshape(-1, *[1] * (scores.dim() - 2)).expand(*scores.shape[:-1], 1)
-        scores = torch.cat([scores, sink], -1)
-    lse = scores.masked_fill(blind[..., None], 0.0).logsumexp(-1)
-    weights = (scores - lse[..., None]).exp().masked_fill(blind[..., None], 0.0)[..., : v.shape[-2]]
-    o = torch.einsum("bh...j,bhjv->bh...v", weights, v)
-    return o, lse.masked_fill(blind, -torch.inf)
+        scores = torch.cat([scores, sink_logits[:, None, None].expand(*scores.shape[:-1], 1)], -1)
+    lse = scores.logsumexp(-1)
+    weights = (scores - lse[..., None]).exp()[..., :keys].masked_fill(blind[..., None], 0.0)
+    return weights, lse.masked_fill(blind, -torch.inf)

@@ -1,92 +1,154 @@
-"""The delta rule in Triton kernels: no decay, or one per head or per token. The formulas are in triton_forward and
-triton_backward, the launches in triton_launch.
+"""The delta rule in Triton kernels: `prepare` and `scan` forward, `scan_backward` and `gradients` backward, with the
+formulas in triton_kernels; with a decay per channel it runs through the kernels of `dplr`.
 
 Shapes: B batch, T tokens, N sequences, H key heads, Hv value heads, K and V head widths.
 """
 
 from __future__ import annotations
 
+import importlib
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from zoo.kernels import custom, launch
-from zoo.kernels.delta_rule import triton_launch
-from zoo.kernels.delta_rule.triton_launch import Call, Saved
+from zoo.kernels.dplr import triton as channel
 
 
 def supports(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, decay: Tensor | None, *rest: object) -> str | None:
+    if decay is not None and decay.dim() in (2, 4):
+        return channel.supports(q, k, v)
     if q.dtype == torch.float64:
         return "its kernels compute in fp32 and the inputs are fp64"
-    if decay is not None and decay.dim() in (2, 4):
-        return "it has no kernel for a decay per channel"
     if q.shape[3] > 256 or v.shape[3] > 512:
         return f"it takes K up to 256 and V up to 512, and they are {q.shape[3]} and {v.shape[3]}"
     return launch.device_reason(q)
 
 
 def run(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    decay: Tensor | None,
-    qk_l2norm: bool,
-    scale: float,
-    initial_state: Tensor | None,
-    output_final_state: bool,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor | None]:
-    o, final, *_ = OP(q, k, v, beta, decay, qk_l2norm, scale, initial_state, cu_seqlens)
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, decay: Tensor | None, qk_l2norm: bool, scale: float,
+    initial_state: Tensor | None, output_final_state: bool, cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    if decay is not None and decay.dim() in (2, 4):
+        rest = (qk_l2norm, scale, initial_state, output_final_state, cu_seqlens)
+        return channel.call(q, k, v, None, None, beta, decay, *rest)
+    inputs = (q, k, v, beta, decay, initial_state)
+    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    o, final, *_ = OP(q, k, v, beta, decay, qk_l2norm, scale, initial_state, cu_seqlens, keep)
     return o, final if output_final_state else None
 
 
+def chunk_size(dtype: torch.dtype, width: int) -> int:
+    """64 tokens, or fewer where operands of 4 bytes or wide keys would not leave room for the tiles."""
+    wide = launch.power(width) > 128
+    return (32 if wide else 64) if dtype == torch.bfloat16 else 16 if wide else 32
+
+
+@dataclass(frozen=True)
+class Call:
+    """The arguments that all kernels of one call share."""
+
+    q: Tensor
+    k: Tensor
+    beta: Tensor
+    decay: Tensor | None
+    value_width: int
+    qk_l2norm: bool
+    scale: float
+    cu_seqlens: Tensor | None
+
+    @cached_property
+    def chunk(self) -> int:
+        return chunk_size(self.q.dtype, self.q.shape[3])
+
+    @cached_property
+    def plan(self) -> launch.Plan:
+        return launch.plan(self.q.shape[0], self.q.shape[1], self.chunk, self.cu_seqlens)
+
+    @property
+    def states(self) -> tuple[int, ...]:
+        return self.plan.sequences, self.beta.shape[2], self.q.shape[3], self.value_width
+
+    def empty(self, *shape: int, dtype: torch.dtype | None = None, when: bool = True) -> Tensor:
+        """Of a shape, or of none; in the dtype of the products' operands unless told."""
+        dtype = dtype or launch.operand_dtype(self.q.dtype)
+        return torch.empty(shape if when else (0,), dtype=dtype, device=self.q.device)
+
+    def run(self, name: str, *tensors: Tensor | None, scans: bool, **options: Any) -> None:
+        """Launch a kernel with one program per chunk and value head, or (scans) per sequence, head and tile of V."""
+        kernels = importlib.import_module("zoo.kernels.delta_rule.triton_kernels")
+        width, plan, heads = self.q.shape[3], self.plan, self.beta.shape[2]
+        options |= launch.choice(f"delta_rule.{name}", width, self.q)
+        options |= {"length": self.q.shape[1], "chunks": plan.per_sequence, "PACKED": self.cu_seqlens is not None}
+        options |= {"H": self.q.shape[2], "HV": heads, "K": width, "C": self.chunk, "BK": launch.power(width)}
+        dtype = str(launch.operand_dtype(self.q.dtype)).removeprefix("torch.")
+        options |= {"DT": getattr(kernels.tl, dtype), "PRECISION": launch.precision(self.q.dtype), "scale": self.scale}
+        form = 0 if self.decay is None else 1 if self.decay.dim() == 1 else 2
+        options["DECAY"] = form > 0 if scans else form
+        if "BV" in options:
+            options |= {"V": self.value_width, "BV": min(options["BV"], launch.power(self.value_width))}
+        if scans:
+            options["tile_count"] = tiles = -(-self.value_width // options["BV"])
+            programs, layout = plan.sequences * heads * tiles, (self.cu_seqlens, plan.first)
+        else:
+            programs, layout = plan.count * heads, (plan.starts, plan.sizes)
+        launch.start(getattr(kernels, name), (programs,), *tensors, *layout, **options)
+
+
 def _forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    decay: Tensor | None,
-    qk_l2norm: bool,
-    scale: float,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, ...]:
-    """o, the final state, and the six tensors of `Saved`."""
-    call = _call(q, k, beta, v.shape[3], decay, qk_l2norm, scale, cu_seqlens)
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, decay: Tensor | None, qk_l2norm: bool, scale: float,
+    initial_state: Tensor | None, cu_seqlens: Tensor | None, keep: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """o, the final state and, where `keep`, what the backward pass needs."""
+    q, k, v, beta = (x.contiguous() for x in (q, k, v, beta))
     decay, initial_state = (None if x is None else x.contiguous() for x in (decay, initial_state))
-    o, final, saved = triton_launch.forward(call, v.contiguous(), decay, initial_state)
-    return (o, final, *saved)
-
-
-def _call(q: Tensor, k: Tensor, beta: Tensor, width: int, decay: Tensor | None, *rest: Any) -> Call:
-    form = 0 if decay is None else 1 if decay.dim() == 1 else 2
-    return Call(q.contiguous(), k.contiguous(), beta.contiguous(), width, form, *rest)
+    call = Call(q, k, beta, decay, v.shape[3], qk_l2norm, scale, cu_seqlens)
+    chunks, hv, chunk = call.plan.count, beta.shape[2], call.chunk
+    e, at = call.empty(*beta.shape, q.shape[3]), call.empty(*beta.shape, chunk)
+    zt, y = call.empty(*at.shape, when=keep), call.empty(*v.shape, when=keep)
+    entering = call.empty(chunks, hv, v.shape[3], q.shape[3], when=keep)
+    factors = call.empty(chunks, hv, 4, chunk, 2, dtype=torch.float32)
+    # Differences of sums in fp64 keep fp32 accuracy.
+    wide = torch.float32 if q.dtype == torch.bfloat16 else torch.float64
+    sums = call.empty(chunks, hv, chunk, dtype=wide, when=keep and decay is not None)
+    o, final = torch.empty_like(v), call.empty(*call.states, dtype=torch.float32)
+    tensors: tuple[Tensor | None, ...] = (q, k, beta, decay, e, at, zt, factors, sums)
+    call.run("prepare", *tensors, scans=False, NORM=qk_l2norm, KEEP=keep)
+    tensors = (q, k, v, e, at, zt, factors, y, entering, initial_state, final, o)
+    call.run("scan", *tensors, scans=True, INITIAL=initial_state is not None, KEEP=keep)
+    saved = (e, at, y, entering, factors, sums)
+    return (o, final, *(saved if keep else (x.new_empty(0) for x in saved)))
 
 
 def _backward(given: dict[str, Any], results: list[Tensor], grads: list[Tensor | None]) -> dict[str, Any]:
-    q, k, beta, decay = (given[name] for name in ("q", "k", "beta", "decay"))
-    o, _, *saved = results
-    do, dfinal = grads[:2]
-    call = _call(q, k, beta, o.shape[3], decay, given["qk_l2norm"], given["scale"], given["cu_seqlens"])
-    do = torch.zeros_like(o) if do is None else do.contiguous()
-    dfinal, restarts = None if dfinal is None else dfinal.contiguous(), given["initial_state"] is not None
-    dq, dk, dv, dbeta, ddecay, dinitial = triton_launch.backward(call, Saved(*saved), do, dfinal, restarts)
-    d_decay = None if decay is None else ddecay.sum((0, 1)) if decay.dim() == 1 else ddecay
-    found = {"q": _sum_groups(dq, q), "k": _sum_groups(dk, k), "v": dv, "beta": dbeta}
-    return found | {"decay": d_decay, "initial_state": dinitial if restarts else None}
-
-
-def _sum_groups(x: Tensor, like: Tensor) -> Tensor:
-    """[B, T, Hv, K] to [B, T, H, K] in the dtype of `like`."""
-    if x.shape == like.shape:
-        return x
-    return x.unflatten(2, (like.shape[2], -1)).sum(3).to(like.dtype)
+    q, k, beta = (given[name].contiguous() for name in ("q", "k", "beta"))
+    decay, restarts = given["decay"], given["initial_state"] is not None
+    o, _, e, at, y, entering, factors, sums = results
+    do, dfinal = (None if x is None else x.contiguous() for x in grads[:2])
+    do = torch.zeros_like(o) if do is None else do
+    call = Call(q, k, beta, decay, o.shape[3], given["qk_l2norm"], given["scale"], given["cu_seqlens"])
+    leaving, dv, dbeta = torch.empty_like(entering), torch.empty_like(do), torch.empty_like(beta)
+    ddecay = call.empty(*beta.shape, dtype=beta.dtype, when=decay is not None)
+    dinitial = call.empty(*call.states, dtype=torch.float32, when=restarts)
+    tensors: tuple[Tensor | None, ...] = (q, k, e, at, factors, do, dv, leaving, dfinal, dinitial)
+    call.run("scan_backward", *tensors, scans=True, INITIAL=restarts, FINAL=dfinal is not None)
+    # Value heads of a group write apart and are summed after: no atomics.
+    wide = q.dtype if beta.shape[2] == q.shape[2] else torch.float32
+    dq, dk = (call.empty(*beta.shape, q.shape[3], dtype=wide) for _ in range(2))
+    pairs = call.empty(*beta.shape, 2 * call.chunk)
+    tensors = (q, k, factors, sums, y, entering, leaving, do, dq, dk, dv, dbeta, ddecay, pairs)
+    call.run("gradients", *tensors, scans=False, NORM=call.qk_l2norm)
+    if wide != q.dtype or dq.shape != q.shape:
+        dq, dk = (x.unflatten(2, (q.shape[2], -1)).sum(3).to(q.dtype) for x in (dq, dk))
+    ddecay = ddecay.sum((0, 1)) if decay is not None and decay.dim() == 1 else ddecay
+    return {"q": dq, "k": dk, "v": dv, "beta": dbeta, "decay": ddecay, "initial_state": dinitial}
 
 
 ARGUMENTS = (
     "Tensor q, Tensor k, Tensor v, Tensor beta, Tensor? decay, bool qk_l2norm, float scale, Tensor? initial_state, "
-    "Tensor? cu_seqlens"
+    "Tensor? cu_seqlens, bool keep"
 )
 OP = custom.differentiable("delta_rule", ARGUMENTS, 8, _forward, _backward, forgets=("v",))

@@ -1,87 +1,54 @@
-"""Linear attention, token by token.
+"""Linear attention, token by token; S is [N, Hv, K, V].
 
-    S_t = Diag(exp decay_t) S_{t-1} Diag(exp value_decay_t) + k_t^T v_t
-    o_t = scale q_t S_t
-    with bonus u:            o_t = scale q_t (S_{t-1} + Diag(u) k_t^T v_t)
-    with normalize="sum":    v_t gets one more column, of ones; o_t is divided by that column of q_t S_t
-
-Shapes: B batch, T tokens, N sequences, H key heads, Hv value heads, K and V head widths; S [N, Hv, K, V].
+S_t = Diag(exp decay_t) S_{t-1} Diag(exp value_decay_t) + k_t^T v_t
+o_t = scale q_t S_t
+with bonus u:            o_t = scale q_t (S_{t-1} + Diag(u) k_t^T v_t)
+with normalize="sum":    v_t gets one more column, of ones; o_t is divided by that column of q_t S_t
 """
 
-from __future__ import annotations
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zoo.kernels.checks import state_dtype
-from zoo.kernels.packed import each_sequence, heads, per_token
+from zoo.kernels import packed
+from zoo.kernels.sequential import State, each_token, zeros
 
 SMALLEST = 1e-6
 
 
-def supports(*args: object) -> str | None:
-    return None
+def run(*args: Any) -> tuple[Tensor, Tensor]:
+    q, k, v, decay, value_decay, bonus, normalize, scale, initial_state, _, cu_seqlens = args
+    q, k, v, value_decay = prepare(q, k, v, value_decay, normalize, scale)
+    inputs = (q, k, v, packed.per_token(decay, v), value_decay)
+    begin = zeros(initial_state, q, v, cu_seqlens)
+    o, (state,) = each_token(partial(_token, per_head(bonus)), v, inputs, (begin,), cu_seqlens)
+    return finish(o, normalize), state
 
 
-def run(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    decay: Tensor | None,
-    value_decay: Tensor | None,
-    bonus: Tensor | None,
-    normalize: str | None,
-    scale: float,
-    initial_state: Tensor | None,
-    output_final_state: bool,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor | None]:
-    dtype = q.dtype
-    q, k, v, value_decay, scale = prepare(q, k, v, value_decay, normalize, scale)
-    decay, bonus = per_token(decay, v), per_head(bonus)
-    inputs = (q, k, v, decay, value_decay)
-    with torch.autocast(q.device.type, enabled=False):
-        o, state = each_sequence(lambda s, *x: _tokens(s, bonus, scale, *x), inputs, initial_state, cu_seqlens)
-        return finish(o, normalize).to(dtype), state if output_final_state else None
-
-
-def _tokens(
-    state: Tensor | None,
-    bonus: Tensor | None,
-    scale: float,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    decay: Tensor | None,
-    value_decay: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    b, t, hv, width = v.shape
-    state = q.new_zeros(b, hv, q.shape[-1], width) if state is None else state
-    outputs = [v[:, :0]]
-    for i in range(t):
-        before = state
-        if decay is not None:
-            state = state * decay[:, i].exp().unsqueeze(-1)
-        if value_decay is not None:
-            state = state * value_decay[:, i].exp().unsqueeze(-2)
-        update = k[:, i, :, :, None] * v[:, i, :, None, :]
-        state = state + update
-        read = state if bonus is None else before + bonus * update
-        outputs.append(scale * (q[:, i, :, None, :] @ read).transpose(1, 2))
-    return torch.cat(outputs, 1), state
+def _token(
+    bonus: Tensor | None, state: State, q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, on_values: Tensor | None
+) -> tuple[Tensor, State]:
+    (s,), update = state, k.unsqueeze(-1) * v.unsqueeze(-2)
+    early = None if bonus is None else s + bonus * update
+    if decay is not None:
+        s = s * decay.exp().unsqueeze(-1)
+    if on_values is not None:
+        s = s * on_values.exp().unsqueeze(-2)
+    s = s + update
+    return (q.unsqueeze(-2) @ (s if early is None else early)).squeeze(-2), (s,)
 
 
 def prepare(
     q: Tensor, k: Tensor, v: Tensor, value_decay: Tensor | None, normalize: str | None, scale: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, float]:
-    """Inputs in the state dtype with Hv heads; under normalize="sum" v gains a column of ones that never decays."""
-    dtype = state_dtype(q.dtype)
-    q, k, v = heads(q.to(dtype), v), heads(k.to(dtype), v), v.to(dtype)
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """As `packed.prepare`; under normalize="sum" v gains a column of ones that never decays, and the scale cancels."""
+    q, k, v = packed.prepare(q, k, v, scale=scale if normalize is None else 1.0)
     if normalize is None:
-        return q, k, v, value_decay, scale
-    v = F.pad(v, [0, 1], value=1.0)
-    return q, k, v, None if value_decay is None else F.pad(value_decay, [0, 1]), 1.0
+        return q, k, v, value_decay
+    return q, k, F.pad(v, [0, 1], value=1.0), None if value_decay is None else F.pad(value_decay, [0, 1])
 
 
 def per_head(bonus: Tensor | None) -> Tensor | None:

@@ -1,38 +1,23 @@
-"""The matrix LSTM of xLSTM: linear attention with an exponential input gate, under a running maximum.
+"""The matrix LSTM of xLSTM: linear attention with an exponential input gate, under a running maximum."""
 
-    m_t = max(log f_t + m_{t-1}, i_t)        f'_t = exp(log f_t + m_{t-1} - m_t)        i'_t = exp(i_t - m_t)
-    C_t = f'_t C_{t-1} + i'_t k_t^T v_t      n_t = f'_t n_{t-1} + i'_t k_t
-    h_t = scale q_t C_t / (max(|scale q_t n_t^T|, exp(-m_t)) + 1e-6)        log f_t = logsigmoid(forget_gate_t)
+from typing import Any
 
-Shapes: B batch, T tokens, N sequences (B, or the packed ones), H key heads, Hv value heads, K and V head widths.
-"""
-
-from __future__ import annotations
-
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from zoo.kernels import checks, dispatch
-from zoo.kernels.mlstm.checking import check, state_parts
-from zoo.kernels.mlstm.step import mlstm_step
-
-__all__ = ["mlstm", "mlstm_step"]
+from zoo.kernels import checks, dispatch, steps
+from zoo.kernels.mlstm.reference import State, normalised
+from zoo.kernels.packed import prepare
 
 BACKENDS = dispatch.load(__name__)
 
 
 def mlstm(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    input_gate: Tensor,
-    forget_gate: Tensor,
-    *,
-    scale: float | None = None,
-    initial_state: tuple[Tensor, Tensor, Tensor] | None = None,
-    output_final_state: bool = False,
-    cu_seqlens: Tensor | None = None,
+    q: Tensor, k: Tensor, v: Tensor, input_gate: Tensor, forget_gate: Tensor, *, scale: float | None = None,
+    initial_state: State | None = None, output_final_state: bool = False, cu_seqlens: Tensor | None = None,
     backend: str | None = None,
-) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor] | None]:
+) -> tuple[Tensor, State | None]:  # fmt: skip
     """The mLSTM over T tokens.
 
     Args:
@@ -44,24 +29,55 @@ def mlstm(
         scale: factor on q, K ** -0.5 by default.
         initial_state: (C [N, Hv, K, V], n [N, Hv, K], m [N, Hv]), fp32 (fp64); zeros, m too, by default. C and n are
             held divided by exp(m), and k is not scaled in them.
-        output_final_state: return the state after the last token of every sequence.
-        cu_seqlens: int32 [N + 1], boundaries of sequences packed along T in a batch of 1; empty sequences are legal.
-        backend: pin one of this op's backends.
+        output_final_state, cu_seqlens, backend: as `zoo.kernels.dispatch` says.
 
     Returns:
         h [B, T, Hv, V] in q's dtype, before any norm and output gate, and the final state (C, n, m) or None.
 
-    Raises:
-        ValueError: a shape, dtype or device is wrong, or the pinned backend cannot run the call.
-
     Source: xLSTM (arXiv 2405.04517), equations 19 to 27, with the sigmoid forget gate of the published 7B model.
     """
     q, k, v = checks.autocast(q, k, v)
-    check(q, k, v, input_gate, forget_gate, scale)
-    checks.check_length(q.shape[1], cu_seqlens)
-    checks.check_cu_seqlens(cu_seqlens, q)
-    checks.check_states("initial_state", initial_state, q, state_parts(q, v, checks.count_sequences(q, cu_seqlens)))
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    args = (q, k, v, input_gate, forget_gate, scale, initial_state, output_final_state, cu_seqlens)
-    h, state = dispatch.select(BACKENDS, backend, args).run(*args)
-    return h, state
+    _check(q, k, v, input_gate, forget_gate, initial_state, cu_seqlens)
+    options = (input_gate, forget_gate, checks.default_scale(scale, q))
+    return dispatch.recur(BACKENDS, backend, q, k, v, *options, initial_state, output_final_state, cu_seqlens)
+
+
+def mlstm_step(
+    q: Tensor, k: Tensor, v: Tensor, input_gate: Tensor, forget_gate: Tensor, *, state: State,
+    scale: float | None = None,
+) -> Tensor:  # fmt: skip
+    """One token: h [B, 1, Hv, V]; the tensors of `state` (C, n, m) are overwritten. No gradient."""
+    q, k, v = checks.autocast(q, k, v)
+    _check(q, k, v, input_gate, forget_gate, state, None, step=True)
+    return _STEP(q, k, v, input_gate, forget_gate, checks.default_scale(scale, q), list(state))
+
+
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, write: Tensor, keep: Tensor, state: State | None, cu_seqlens: Any,
+    step: bool = False,
+) -> None:  # fmt: skip
+    checks.check_qkv(q, k, v)
+    for name, gate in (("input_gate", write), ("forget_gate", keep)):
+        checks.check_gate(name, gate, q, v.shape[:3], "B T Hv", required=True)
+    checks.check_sequences("q", q, cu_seqlens, step)
+    heads, width, values = v.shape[2], q.shape[3], v.shape[3]
+    parts = {"C": ((heads, width, values), "Hv K V"), "n": ((heads, width), "Hv K"), "m": ((heads,), "Hv")}
+    checks.check_states(state, q, parts, cu_seqlens, step)
+
+
+def _step(q: Tensor, k: Tensor, v: Tensor, write: Tensor, keep: Tensor, scale: float, state: list[Tensor]) -> Tensor:
+    """The matrix takes a step of linear attention, with exp(input_gate - m) on the keys."""
+    (c, n, m), dtype = state, q.dtype
+    with checks.autocast_off(q):
+        q, k, v = prepare(q, k, v)
+        faded = F.logsigmoid(keep[:, 0]) + m
+        m.copy_(torch.maximum(faded, write[:, 0]))
+        k = k * (write[:, 0] - m).exp()[:, None, :, None]
+        n.mul_((faded - m).exp().unsqueeze(-1)).add_(k[:, 0])
+        read = steps.matrix(c, q, k, v, (faded - m).unsqueeze(1), scale=scale)
+        sums = scale * (q * n.unsqueeze(1)).sum(-1, keepdim=True)
+        return normalised(torch.cat([read, sums], -1), m.unsqueeze(1)).to(dtype)
+
+
+ARGUMENTS = "Tensor q, Tensor k, Tensor v, Tensor input_gate, Tensor forget_gate, float scale"
+_STEP = steps.in_place("mlstm_step", ARGUMENTS, _step, tree=True)

@@ -6,61 +6,30 @@ Inside a chunk, with c the running sum of log f and m_0 the maximum that enters 
 so no exponent is positive. The last row of these weights also makes the state that leaves. The maxima of the chunks are
 a recurrence of their own, one number per head; the states follow from them.
 
-Shapes: B batch, T tokens, C tokens of a chunk, M chunks, N sequences, H key heads, Hv value heads, K and V head widths;
-chunked arrays are [M, B, Hv, C, K or V + 1], gates [M, B, Hv, C], states [M, B, Hv, K, V + 1].
+Arrays of M chunks of C tokens are [M, B, Hv, C, K or V + 1], gates [M, B, Hv, C], states [M, B, Hv, K, V + 1].
 """
 
-from __future__ import annotations
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from zoo.kernels import chunks as ch
-from zoo.kernels.carry import carry
 from zoo.kernels.checks import count_sequences
 from zoo.kernels.mlstm.reference import State, joined, normalised, prepare, separate
-from zoo.kernels.products import low_precision, product
-from zoo.kernels.sequential import each_chunk
+from zoo.kernels.packed import low_precision, product
+from zoo.kernels.sequential import carry, each_chunk
 
 
-def supports(*args: object) -> str | None:
-    return None
-
-
-def run(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    input_gate: Tensor,
-    forget_gate: Tensor,
-    scale: float,
-    initial_state: State | None,
-    output_final_state: bool,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, State | None]:
-    dtype, low = q.dtype, low_precision(q)
-    with torch.autocast(q.device.type, enabled=False):
-        s, m = joined(initial_state, q, v, count_sequences(q, cu_seqlens))
-        q, k, v = prepare(q, k, v)
-        plan = ch.layout(q.shape[1], cu_seqlens)
-        gates = plan.split(input_gate, fill=-torch.inf), plan.split(F.logsigmoid(forget_gate))
-        h, s, m = _chunks(plan.split(q), plan.split(k), plan.split(v), *gates, scale, plan, s, m, low)
-        return plan.join(h).to(dtype), separate(s, m) if output_final_state else None
-
-
-def _chunks(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    write: Tensor,
-    forget: Tensor,
-    scale: float,
-    plan: ch.Chunks,
-    s: Tensor,
-    m: Tensor,
-    low: torch.dtype | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+def run(*args: Any) -> tuple[Tensor, State]:
+    q, k, v, input_gate, forget_gate, scale, initial_state, _, cu_seqlens = args
+    low = low_precision(q)
+    s, m = joined(initial_state, q, v, count_sequences(q, cu_seqlens))
+    q, k, v = prepare(q, k, v, scale)
+    plan = ch.layout(q.shape[1], cu_seqlens)
+    q, k, v = plan.split(q), plan.split(k), plan.split(v)
+    write, forget = plan.split(input_gate, fill=-torch.inf), plan.split(F.logsigmoid(forget_gate))
     since = forget.cumsum(-1)
     exponents = _between(forget) + write.unsqueeze(-2)  # [M, B, Hv, C, C]
     peaks = exponents.amax(-1)
@@ -76,7 +45,7 @@ def _chunks(
     # Only the numerator is rounded to `low`. The normaliser may be a small difference of large sums, and its maximum
     # with exp(-m) has a kink that would send gradients the wrong way.
     sums = q @ before[..., -1:] + scores.sum(-1, keepdim=True)
-    return normalised(scale * torch.cat([read, sums], -1), maxima), s, m
+    return plan.join(normalised(torch.cat([read, sums], -1), maxima)), separate(s, m)
 
 
 def _next_maximum(state: tuple[Tensor], total: Tensor, peak: Tensor) -> tuple[Tensor, tuple[Tensor]]:

@@ -1,35 +1,24 @@
-"""The elementwise recurrence, token by token.
+"""The elementwise recurrence, token by token; the state is h, [N, D].
 
-    h_t = exp(decay_t) h_{t-1} + x_t
-
-Shapes: B batch, T tokens, N sequences, D channels; the state is h, [N, D].
+h_t = exp(decay_t) h_{t-1} + x_t
 """
 
-from __future__ import annotations
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from zoo.kernels.checks import state_dtype
-from zoo.kernels.packed import each_sequence
+from zoo.kernels.checks import count_sequences, state_dtype
+from zoo.kernels.sequential import State, each_token
 
 
-def supports(*args: object) -> str | None:
-    return None
+def run(*args: Any) -> tuple[Tensor, Tensor]:
+    x, decay, state, _, cu_seqlens = args
+    x = x.to(state_dtype(x.dtype))
+    begin = x.new_zeros(count_sequences(x, cu_seqlens), x.shape[2]) if state is None else state
+    h, (state,) = each_token(_token, x, (x, decay), (begin,), cu_seqlens)
+    return h, state
 
 
-def run(
-    x: Tensor, decay: Tensor, initial_state: Tensor | None, output_final_state: bool, cu_seqlens: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    wide = x.to(state_dtype(x.dtype))
-    h, state = each_sequence(_tokens, (wide, decay), initial_state, cu_seqlens)
-    return h.to(x.dtype), state if output_final_state else None
-
-
-def _tokens(state: Tensor | None, x: Tensor, decay: Tensor) -> tuple[Tensor, Tensor]:
-    state = x.new_zeros(x.shape[0], x.shape[2]) if state is None else state
-    outputs = [x[:, :0]]
-    for t in range(x.shape[1]):
-        state = decay[:, t].exp() * state + x[:, t]
-        outputs.append(state[:, None])
-    return torch.cat(outputs, 1), state
+def _token(state: State, x: Tensor, decay: Tensor) -> tuple[Tensor, State]:
+    h = decay.exp() * state[0] + x
+    return h, (h,)

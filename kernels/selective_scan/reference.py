@@ -1,65 +1,32 @@
-"""Diagonal state spaces, token by token.
+"""Diagonal state spaces, token by token; S is [N, D, n].
 
-    mamba:     S_t = exp(dt_t A) S_{t-1} + (dt_t x_t) B_t
-    longhorn:  S_t = (1 - dt_t B_t^2) S_{t-1} + (dt_t x_t) B_t
-    y_t = Re(S_t C_t) + D x_t
-
-Shapes: B batch, T tokens, N sequences, D channels, n states per channel, G groups of channels; S [N, D, n].
+mamba:     S_t = exp(dt_t A) S_{t-1} + (dt_t x_t) B_t
+longhorn:  S_t = (1 - dt_t B_t^2) S_{t-1} + (dt_t x_t) B_t
+y_t = Re(S_t C_t) + D x_t
 """
 
-from __future__ import annotations
-
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from zoo.kernels.checks import count_sequences, state_dtype
-from zoo.kernels.packed import each_sequence
-from zoo.kernels.selective_scan.checking import state_type
+from zoo.kernels.sequential import State, each_token
 
 
-def supports(*args: object) -> str | None:
-    return None
+def run(*args: Any) -> tuple[Tensor, Tensor]:
+    x, dt, a, b, c, d, initial_state, _, cu_seqlens = args
+    x, b, c, begin = prepare(x, a, b, c, initial_state, cu_seqlens)
+    b, c = (y.expand(*x.shape, -1) if y.dim() == 2 else y for y in (b, c))
+    y, (state,) = each_token(partial(_token, a), x, (x, dt, b, c), (begin,), cu_seqlens)
+    return skip(y, x, d), state
 
 
-def run(
-    x: Tensor,
-    dt: Tensor,
-    a: Tensor | None,
-    b: Tensor,
-    c: Tensor,
-    d: Tensor | None,
-    initial_state: Tensor | None,
-    output_final_state: bool,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor | None]:
-    dtype = x.dtype
-    with torch.autocast(x.device.type, enabled=False):
-        x, b, c, begin = prepare(x, a, b, c, initial_state, cu_seqlens)
-        tokens, fixed = split_fixed(b, c)
-        loop = partial(_tokens, a, fixed)
-        y, state = each_sequence(loop, (x, dt, *tokens), begin, cu_seqlens)
-        return skip(y, x, d).to(dtype), state if output_final_state else None
-
-
-def _tokens(
-    a: Tensor | None,
-    fixed: tuple[Tensor | None, Tensor | None],
-    state: Tensor,
-    x: Tensor,
-    dt: Tensor,
-    b: Tensor | None,
-    c: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    outputs = [x[:, :0]]
-    for t in range(x.shape[1]):
-        b_t, c_t = (own if y is None else per_channel(y[:, t], x) for y, own in zip((b, c), fixed, strict=True))
-        assert b_t is not None and c_t is not None
-        keep, write = transition(x[:, t], dt[:, t], a, b_t)
-        state = keep * state + write
-        outputs.append((state * c_t).sum(-1).real[:, None])
-    return torch.cat(outputs, 1), state
+def _token(a: Tensor | None, state: State, x: Tensor, dt: Tensor, b: Tensor, c: Tensor) -> tuple[Tensor, State]:
+    keep, write = transition(x, dt, a, per_channel(b, x))
+    s = keep * state[0] + write
+    return (s * per_channel(c, x)).sum(-1).real, (s,)
 
 
 def transition(x: Tensor, dt: Tensor, a: Tensor | None, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -86,13 +53,10 @@ def prepare(
     return x.to(dtype), b, c, initial_state
 
 
-def split_fixed(
-    b: Tensor, c: Tensor
-) -> tuple[tuple[Tensor | None, Tensor | None], tuple[Tensor | None, Tensor | None]]:
-    """B and C where they come from tokens, and where they are parameters [D, n]."""
-    b_fixed, c_fixed = b.dim() == 2, c.dim() == 2
-    tokens = None if b_fixed else b, None if c_fixed else c
-    return tokens, (b if b_fixed else None, c if c_fixed else None)
+def state_type(x: Tensor, a: Tensor | None) -> torch.dtype:
+    """The dtype of the state: fp32 or fp64, complex beside a complex A."""
+    wide = state_dtype(x.dtype)
+    return wide.to_complex() if a is not None and a.is_complex() else wide
 
 
 def skip(y: Tensor, x: Tensor, d: Tensor | None) -> Tensor:

@@ -1,9 +1,6 @@
-"""Short convolution as a sum of W shifted copies of the input.
+"""Short convolution as a sum of W shifted copies of the input (the letters are those of the package)."""
 
-Shapes: B batch, T tokens, N sequences, D channels, W filter width; the state holds the last W inputs, [N, D, W].
-"""
-
-from __future__ import annotations
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,27 +9,16 @@ from torch import Tensor
 from zoo.kernels.checks import state_dtype
 
 
-def supports(*args: object) -> str | None:
-    return None
-
-
-def run(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: str | None,
-    initial_state: Tensor | None,
-    output_final_state: bool,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor | None]:
+def run(*args: Any) -> tuple[Tensor, Tensor]:
+    x, weight, bias, activation, initial_state, _, cu_seqlens = args
     if cu_seqlens is None:
-        padded = _padded(x, initial_state, weight.shape[1])
+        before = x.new_zeros(*x.shape[::2], weight.shape[1]) if initial_state is None else initial_state.to(x.dtype)
+        padded = torch.cat([before.mT, x], 1)  # [B, W + T, D]
         shifted = [padded[:, i : i + x.shape[1]] for i in range(1, weight.shape[1] + 1)]
-        final = padded[:, x.shape[1] :].mT
+        final = padded[:, x.shape[1] :].mT.contiguous()
     else:
         shifted, final = _packed(x, initial_state, weight.shape[1], cu_seqlens)
-    y = _combine(shifted, weight, bias, activation).to(x.dtype)
-    return y, final.contiguous() if output_final_state else None
+    return _combine(shifted, weight, bias, activation), final
 
 
 def _combine(shifted: list[Tensor], weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
@@ -43,11 +29,6 @@ def _combine(shifted: list[Tensor], weight: Tensor, bias: Tensor | None, activat
         y = torch.addcmul(y, x.to(wide), weight[:, i])
     y = y if bias is None else y + bias.to(wide)
     return F.silu(y) if activation == "silu" else y
-
-
-def _padded(x: Tensor, state: Tensor | None, width: int) -> Tensor:
-    """[B, W + T, D]: the inputs with the W before them."""
-    return F.pad(x, [0, 0, width, 0]) if state is None else torch.cat([state.mT.to(x.dtype), x], 1)
 
 
 def _packed(x: Tensor, state: Tensor | None, width: int, cu_seqlens: Tensor) -> tuple[list[Tensor], Tensor]:

@@ -1,68 +1,43 @@
 """The scalar LSTM, token by token.
 
-    (i_t, f_t, z_t, o_t) = inputs_t + h_{t-1} R
+    (i_t, f_t, z_t, o_t) = inputs_t + h_{t-1} R        per head, R = (R_i, R_f, R_z, R_o)
     m_t = max(log f_t + m_{t-1}, i_t)        f'_t = exp(log f_t + m_{t-1} - m_t)        i'_t = exp(i_t - m_t)
-    c_t = f'_t c_{t-1} + i'_t tanh(z_t)      n_t = f'_t n_{t-1} + i'_t
+    c_t = f'_t c_{t-1} + i'_t tanh(z_t)      n_t = f'_t n_{t-1} + i'_t                  log f = logsigmoid(f_t)
     h_t = sigmoid(o_t) c_t / n_t
 
-Before the first write n is 0 and m counts as -inf, so n is at least 1 from then on.
-
-Shapes: B batch, T tokens, N sequences, H heads, D head width; c, n, h, m [N, H, D].
+c, n, h, m are [N, H, D]. Before the first write n is 0 and m counts as -inf, so n is at least 1 from then on.
 """
 
-from __future__ import annotations
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zoo.kernels.checks import count_sequences, state_dtype
-from zoo.kernels.sequential import each_sequence
+from zoo.kernels.checks import count_sequences
+from zoo.kernels.sequential import each_token
 
 State = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-def supports(*args: object) -> str | None:
-    return None
+def run(*args: Any) -> tuple[Tensor, State]:
+    inputs, recurrent, begin, cu_seqlens = prepare(*args)
+    h, (c, n, last, m) = each_token(partial(_token, recurrent), inputs[..., 0, :], (inputs,), begin, cu_seqlens)
+    return h, (c, n, last, m)
 
 
-def run(
-    cell_input: Tensor,
-    input_gate: Tensor,
-    forget_gate: Tensor,
-    output_gate: Tensor,
-    recurrent: Tensor,
-    initial_state: State | None,
-    output_final_state: bool,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, State | None]:
-    with torch.autocast(cell_input.device.type, enabled=False):
-        inputs, recurrent = prepare(cell_input, input_gate, forget_gate, output_gate, recurrent)
-        initial = initial_state or fresh(cell_input, count_sequences(cell_input, cu_seqlens))
-        h, state = each_sequence(lambda s, x: _tokens(s, x, recurrent), (inputs,), initial, cu_seqlens)
-        return h.to(cell_input.dtype), state if output_final_state else None
+def _token(recurrent: Tensor, state: State, inputs: Tensor) -> tuple[Tensor, State]:
+    state = cell(state, inputs + torch.einsum("bhd,ghde->bhge", state[2], recurrent))
+    return state[2], state
 
 
-def _tokens(state: State, inputs: Tensor, recurrent: Tensor) -> tuple[Tensor, State]:
-    outputs = [inputs[:, :0, :, 0]]
-    for t in range(inputs.shape[1]):
-        state = cell(state, inputs[:, t] + torch.einsum("bhd,ghde->bhge", state[2], recurrent))
-        outputs.append(state[2].unsqueeze(1))
-    return torch.cat(outputs, 1), state
-
-
-def prepare(
-    cell_input: Tensor, input_gate: Tensor, forget_gate: Tensor, output_gate: Tensor, recurrent: Tensor
-) -> tuple[Tensor, Tensor]:
-    """All four inputs [B, T, H, 4, D] in the order of `recurrent`, and that, in the state dtype."""
-    dtype = state_dtype(cell_input.dtype)
-    inputs = torch.stack([input_gate, forget_gate, cell_input.to(dtype), output_gate], 3)
-    return inputs, recurrent.to(dtype)
-
-
-def fresh(cell_input: Tensor, n: int) -> State:
-    zero = torch.zeros(n, *cell_input.shape[2:], dtype=state_dtype(cell_input.dtype), device=cell_input.device)
-    return zero, zero, zero, zero
+def prepare(*args: Any) -> tuple[Tensor, Tensor, State, Tensor | None]:
+    """All four inputs [B, T, H, 4, D] in the order of `recurrent`, that, and the first state, in the state dtype."""
+    x, write, keep, read, recurrent, state, _, cu_seqlens = args
+    inputs = torch.stack([write, keep, x.to(write.dtype), read], 3)
+    zero = inputs.new_zeros(count_sequences(x, cu_seqlens), *x.shape[2:])
+    return inputs, recurrent.to(write.dtype), state or (zero, zero, zero, zero), cu_seqlens
 
 
 def cell(state: State, gates: Tensor) -> State:

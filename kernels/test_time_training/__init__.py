@@ -1,26 +1,18 @@
 """A layer whose state is a small model, trained on every token it sees: TTT (arXiv 2407.04620), Titans (2501.00663).
 
-With W_0 the weights where the token's mini-batch began, and row_t a factor for its place in the mini-batch,
-    g_t = gradient at W_0 of |f(k_t) - v_t|^2 / 2
-    S_t = exp(momentum_t) S_{t-1} + lr_t g_t        A_t = exp(decay_t) A_{t-1} + S_t        r_t = exp(decay_t) r_{t-1}
-    W_t = r_t W_0 - row_t A_t        o_t = f(q_t; W_t)
-A and r begin every mini-batch at 0 and 1; S goes on (without momentum, S_t = lr_t g_t).
-
-Shapes: B batch, T tokens, N sequences (B, or the packed ones), H key heads, Hv value heads, K and V head widths,
-F hidden width of the inner model, C tokens of a mini-batch.
+Shapes: F hidden width of the inner model, C tokens of a mini-batch.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
-from zoo.kernels import checks, dispatch
-from zoo.kernels.test_time_training.checking import check, check_tree
-from zoo.kernels.test_time_training.states import test_time_training_state
-from zoo.kernels.test_time_training.step import test_time_training_step
+from zoo.kernels import checks, dispatch, steps
+from zoo.kernels.packed import prepare
+from zoo.kernels.test_time_training.chunked import advance
+from zoo.kernels.test_time_training.reference import OFFSET, WEIGHTS, names, test_time_training_state
 
 __all__ = ["test_time_training", "test_time_training_state", "test_time_training_step"]
 
@@ -28,24 +20,12 @@ BACKENDS = dispatch.load(__name__)
 
 
 def test_time_training(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lr: Tensor,
-    weights: Mapping[str, Tensor],
-    *,
-    inner: Literal["linear", "mlp"] = "linear",
-    norm_weight: Tensor | None = None,
-    norm_bias: Tensor | None = None,
-    momentum: Tensor | None = None,
-    decay: Tensor | None = None,
-    position_scale: Tensor | None = None,
-    mini_batch: int = 16,
-    initial_state: Mapping[str, Tensor] | None = None,
-    output_final_state: bool = False,
-    cu_seqlens: Tensor | None = None,
-    backend: str | None = None,
-) -> tuple[Tensor, dict[str, Tensor] | None]:
+    q: Tensor, k: Tensor, v: Tensor, lr: Tensor, weights: Mapping[str, Tensor], *,
+    inner: Literal["linear", "mlp"] = "linear", norm_weight: Tensor | None = None, norm_bias: Tensor | None = None,
+    momentum: Tensor | None = None, decay: Tensor | None = None, position_scale: Tensor | None = None,
+    mini_batch: int = 16, initial_state: Mapping[str, Tensor] | None = None, output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None, backend: str | None = None,
+) -> tuple[Tensor, dict[str, Tensor] | None]:  # fmt: skip
     """Train the inner model on (k_t, v_t), one step of gradient descent per mini-batch, and read it at q_t.
 
     The inner model is z = x W1 + b1 ("linear") or z = gelu(x W1 + b1) W2 + b2 ("mlp", tanh approximation). With a norm
@@ -66,24 +46,110 @@ def test_time_training(
             TTT 1, 1/2, .. 1/C plus a learned offset); its last entry is the one that the next mini-batch begins with.
         mini_batch: C, tokens that share the weights where their gradients are taken.
         initial_state: the tree of `test_time_training_state`, or of an earlier call.
-        output_final_state: return the state after the last token of every sequence.
-        cu_seqlens: int32 [N + 1], boundaries of sequences packed along T in a batch of 1; empty sequences are legal.
-        backend: pin one of this op's backends.
+        output_final_state, cu_seqlens, backend: as `zoo.kernels.dispatch` says.
 
     Returns:
         o [B, T, Hv, V] in q's dtype, and the final state or None. The state carries the partial gradient and the place
         in the mini-batch, so a sequence may be split anywhere.
-
-    Raises:
-        ValueError: a shape, dtype or device is wrong, or the pinned backend cannot run the call.
     """
     q, k, v = checks.autocast(q, k, v)
-    check(q, k, v, lr, weights, inner, norm_weight, norm_bias, momentum, decay, position_scale, mini_batch)
-    checks.check_length(q.shape[1], cu_seqlens)
-    checks.check_cu_seqlens(cu_seqlens, q)
-    check_tree("initial_state", initial_state, q, weights, inner, momentum, decay, cu_seqlens)
-    norm = None if norm_weight is None else (norm_weight, norm_bias)
-    options = (inner, norm, momentum, decay, position_scale, mini_batch)
-    args = (q, k, v, lr, weights, *options, initial_state, output_final_state, cu_seqlens)
-    o, state = dispatch.select(BACKENDS, backend, args).run(*args)
-    return o, state
+    given, options = (q, k, v, lr, weights, inner), (momentum, decay, position_scale, mini_batch)
+    norm = _check(*given, norm_weight, norm_bias, *options, initial_state, cu_seqlens)
+    return dispatch.recur(BACKENDS, backend, *given, norm, *options, initial_state, output_final_state, cu_seqlens)
+
+
+def test_time_training_step(
+    q: Tensor, k: Tensor, v: Tensor, lr: Tensor, weights: Mapping[str, Tensor], *, state: Mapping[str, Tensor],
+    inner: Literal["linear", "mlp"] = "linear", norm_weight: Tensor | None = None, norm_bias: Tensor | None = None,
+    momentum: Tensor | None = None, decay: Tensor | None = None, position_scale: Tensor | None = None,
+    mini_batch: int = 16,
+) -> Tensor:  # fmt: skip
+    """One token: o [B, 1, Hv, V]; the tensors of `state` are overwritten (`test_time_training_state` makes the first).
+    No gradient."""
+    q, k, v = checks.autocast(q, k, v)
+    options = (inner, norm_weight, norm_bias, momentum, decay, position_scale, mini_batch)
+    _check(q, k, v, lr, weights, *options, state, None, step=True)
+    own = [state[key] for key in (*names(inner, momentum is not None, decay is not None), OFFSET)]
+    return _STEP(q, k, v, lr, *options, own)
+
+
+def _step(q: Tensor, k: Tensor, v: Tensor, lr: Tensor, inner: str, *rest: Any) -> Tensor:
+    weight, bias, momentum, decay, position_scale, mini_batch, (*state, offset) = rest
+    dtype, norm = q.dtype, None if weight is None else (weight, bias)
+    row = scale = None
+    if position_scale is not None:  # at the place of each sequence's token
+        row = position_scale[..., offset.long()].reshape(-1, offset.shape[0]).mT
+        scale = row[..., None, None]
+    with checks.autocast_off(q):
+        tokens = (x.transpose(1, 2) for x in prepare(q, k, v))
+        gates = (None if x is None else x.mT for x in (lr, momentum, decay))
+        full = offset == mini_batch - 1
+        o, after = advance(len(WEIGHTS[inner]), norm, scale, row, tuple(state), *tokens, *gates, None, full)
+    for old, new in zip((*state, offset), (*after, (offset + 1) % mini_batch), strict=True):
+        old.copy_(new)
+    return o.transpose(1, 2).to(dtype)
+
+
+ARGUMENTS = "Tensor q, Tensor k, Tensor v, Tensor lr, str inner, Tensor? norm_weight, Tensor? norm_bias, "
+ARGUMENTS += "Tensor? momentum, Tensor? decay, Tensor? position_scale, int mini_batch"
+_STEP = steps.in_place("test_time_training_step", ARGUMENTS, _step, tree=True)
+
+
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, lr: Tensor, weights: Any, inner: str, *rest: Any, step: bool = False
+) -> Any:
+    """The norm as a pair, or None."""
+    weight, bias, momentum, decay, position_scale, mini_batch, state, cu_seqlens = rest
+    checks.check_qkv(q, k, v)
+    checks.check_gate("lr", lr, q, v.shape[:3], "B T Hv", required=True)
+    checks.check_gate("momentum", momentum, q, v.shape[:3], "B T Hv")
+    checks.check_gate("decay", decay, q, v.shape[:3], "B T Hv")
+    _check_weights(weights, inner, q, v)
+    norm = None if weight is None and bias is None else (weight, bias)
+    for name, x in zip(("norm_weight", "norm_bias"), norm or (), strict=False):
+        checks.check_gate(name, x, q, v.shape[2:], "Hv V", required=True)
+    if norm and q.shape[3] != v.shape[3]:
+        raise ValueError(f"v has V = {v.shape[3]}; a norm adds the inner model's input, so it must be {q.shape[3]}")
+    if not isinstance(mini_batch, int) or isinstance(mini_batch, bool) or mini_batch < 1:
+        raise ValueError(f"mini_batch is {mini_batch!r}; it must be a whole number of at least 1")
+    checks.check_form("position_scale", position_scale, q, {"C": (mini_batch,), "Hv C": (v.shape[2], mini_batch)})
+    checks.check_sequences("q", q, cu_seqlens, step)
+    if step or state is not None:
+        floats, n = names(inner, momentum is not None, decay is not None), checks.count_sequences(q, cu_seqlens)
+        _check_state("state" if step else "initial_state", state, q, weights, floats, n)
+    return norm
+
+
+def _check_weights(weights: Any, inner: str, q: Tensor, v: Tensor) -> None:
+    if inner not in WEIGHTS:
+        raise ValueError(f'inner is {inner!r}; it must be "linear" or "mlp"')
+    _check_names("weights", weights, WEIGHTS[inner])
+    width, hidden, out = ("K", q.shape[3]), ("V", v.shape[3]), ("V", v.shape[3])
+    if inner == "mlp":
+        checks.check_dims("weights['b1']", weights["b1"], "Hv F")
+        hidden = ("F", weights["b1"].shape[1])
+    layers = {"W1": (width, hidden), "b1": (hidden,), "W2": (hidden, out), "b2": (out,)}
+    for name in WEIGHTS[inner]:
+        dims, sizes = zip(("Hv", v.shape[2]), *layers[name], strict=True)
+        checks.check_gate(f"weights[{name!r}]", weights[name], q, sizes, " ".join(dims))
+
+
+def _check_names(name: str, tree: object, expected: tuple[str, ...]) -> None:
+    """A mapping of tensors with exactly these names."""
+    if not isinstance(tree, Mapping):
+        raise ValueError(f"{name} is {type(tree).__name__}; it must be a mapping of {', '.join(expected)}")
+    if set(tree) != set(expected):
+        raise ValueError(f"{name} has {', '.join(map(str, tree)) or 'nothing'}; it must have {', '.join(expected)}")
+    for key in expected:
+        checks.check_tensor(f"{name}[{key!r}]", tree[key])
+
+
+def _check_state(name: str, state: Any, q: Tensor, weights: Mapping[str, Tensor], floats: list[str], n: int) -> None:
+    """A state of this call: the names that its options ask for, of the right shapes."""
+    _check_names(name, state, (*floats, OFFSET))
+    for key in floats:
+        shape = weights[key.partition("/")[2] or key].shape if key != "retained" else weights["b1"].shape[:1]
+        dims = " ".join(["N", "Hv", "K", "V"][: len(shape) + 1])
+        checks.check_gate(f"{name}[{key!r}]", state[key], q, (n, *shape), dims)
+    checks.check_shape(f"{name}['offset']", state[OFFSET], (n,), "N")
+    checks.check_like(f"{name}['offset']", state[OFFSET], q, torch.int32)

@@ -1,14 +1,20 @@
 """Test-time training, token by token; the gradients come from autograd.
 
+With W_0 the weights where the token's mini-batch began, and row_t a factor for its place in the mini-batch,
     g_t = gradient at W_0 of |f(k_t) - v_t|^2 / 2
     S_t = exp(momentum_t) S_{t-1} + lr_t g_t        A_t = exp(decay_t) A_{t-1} + S_t        r_t = exp(decay_t) r_{t-1}
     W_t = r_t W_0 - row_t A_t        o_t = f(q_t; W_t)
-    after the last token of a mini-batch: W_0 = W_t, A = 0, r = 1
+    after the last token of a mini-batch: W_0 = W_t, A = 0, r = 1; without momentum S_t = lr_t g_t
 
-Shapes: B batch, T tokens, N sequences, H key heads, Hv value heads, K and V head widths; weights [N, Hv, ...].
+The state is a tree of tensors, named like the paths of a cache:
+    W1, b1 (W2, b2)      weights where the mini-batch began         [N, Hv, ...]
+    gradient/W1, ..      sum of this mini-batch's gradients, A      [N, Hv, ...]
+    momentum/W1, ..      with momentum: S                           [N, Hv, ...]
+    retained             with decay: what is left of the weights, r [N, Hv]
+    offset               tokens seen of this mini-batch             [N], int32
+
+Shapes: B batch, N sequences, Hv value heads; weights [N, Hv, ...].
 """
-
-from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
@@ -18,71 +24,31 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zoo.kernels.checks import count_sequences, state_dtype
-from zoo.kernels.packed import heads
-from zoo.kernels.sequential import State, each_sequence
-from zoo.kernels.test_time_training.states import OFFSET, WEIGHTS, names, test_time_training_state
+from zoo.kernels.checks import count_sequences
+from zoo.kernels.packed import prepare
+from zoo.kernels.sequential import State, each_token
 
 Weights = tuple[Tensor, ...]
+WEIGHTS = {"linear": ("W1", "b1"), "mlp": ("W1", "b1", "W2", "b2")}
+OFFSET = "offset"
 
 
-def supports(*args: object) -> str | None:
-    return None
+def run(*args: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    q, k, v, lr, weights, inner, norm, momentum, decay, position_scale, mini_batch, initial_state, _, cu_seqlens = args
+    has, n = (momentum is not None, decay is not None), count_sequences(q, cu_seqlens)
+    initial_state, keys = begin(weights, inner, has, initial_state, n)
+    q, k, v = prepare(q, k, v)
+    rows = lr.new_ones(mini_batch) if position_scale is None else position_scale
+    token = partial(_token, len(WEIGHTS[inner]), norm, rows.expand(lr.shape[2], -1))
+    keys = [*keys, OFFSET]
+    start = tuple(initial_state[key] for key in keys)
+    o, state = each_token(token, v, (q, k, v, lr, momentum, decay), start, cu_seqlens)
+    return o, dict(zip(keys, state, strict=True))
 
 
-def run(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lr: Tensor,
-    weights: Mapping[str, Tensor],
-    inner: str,
-    norm: Any,
-    momentum: Tensor | None,
-    decay: Tensor | None,
-    position_scale: Tensor | None,
-    mini_batch: int,
-    initial_state: Mapping[str, Tensor] | None,
-    output_final_state: bool,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, dict[str, Tensor] | None]:
-    dtype, has = q.dtype, (momentum is not None, decay is not None)
-    if initial_state is None:
-        n = count_sequences(q, cu_seqlens)
-        initial_state = test_time_training_state(weights, n, inner=inner, momentum=has[0], decay=has[1])
-    with torch.autocast(q.device.type, enabled=False):
-        q, k, v = prepare(q, k, v)
-        rows = lr.new_ones(mini_batch) if position_scale is None else position_scale
-        loop = partial(_tokens, len(WEIGHTS[inner]), norm, rows.expand(lr.shape[2], -1))
-        keys = [*names(inner, *has), OFFSET]
-        begin = tuple(initial_state[key] for key in keys)
-        o, state = each_sequence(loop, (q, k, v, lr, momentum, decay), begin, cu_seqlens)
-        return o.to(dtype), dict(zip(keys, state, strict=True)) if output_final_state else None
-
-
-def _tokens(count: int, norm: Any, rows: Tensor, state: State, *inputs: Tensor | None) -> tuple[Tensor, State]:
-    """`rows` [Hv, C]; `state` as its names list it, with `count` weights; the inputs [B, T, Hv, ...]."""
-    values: Any = inputs[2]
-    outputs = [values[:, :0]]
-    for t in range(values.shape[1]):
-        now: list[Any] = [None if x is None else x[:, t] for x in inputs]
-        o, state = _token(count, norm, rows, state, *now)
-        outputs.append(o[:, None])
-    return torch.cat(outputs, 1), state
-
-
-def _token(
-    count: int,
-    norm: Any,
-    rows: Tensor,
-    state: State,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lr: Tensor,
-    momentum: Tensor | None,
-    decay: Tensor | None,
-) -> tuple[Tensor, State]:
+def _token(count: int, norm: Any, rows: Tensor, state: State, *inputs: Any) -> tuple[Tensor, State]:
+    """`rows` [Hv, C]; `state` as its names list it, with `count` weights; the inputs [B, Hv, ...]."""
+    q, k, v, lr, momentum, decay = inputs
     weights, total, rest, offset = state[:count], state[count : 2 * count], state[2 * count : -1], state[-1]
     step = tuple(scaled(lr, g) for g in torch.func.grad(_loss)(weights, norm, k, v))
     if momentum is not None:
@@ -121,7 +87,33 @@ def choose(where: Tensor, x: Tensor, other: Tensor) -> Tensor:
     return torch.where(where.view(-1, *[1] * (x.dim() - 1)), x, other)
 
 
-def prepare(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Inputs in the state dtype with Hv heads."""
-    dtype = state_dtype(q.dtype)
-    return heads(q.to(dtype), v), heads(k.to(dtype), v), v.to(dtype)
+def names(inner: str, momentum: bool, decay: bool) -> list[str]:
+    """The float tensors of a state, in the order in which the backends carry them."""
+    own = WEIGHTS[inner]
+    found = [*own, *(f"gradient/{name}" for name in own)]
+    if momentum:
+        found += [f"momentum/{name}" for name in own]
+    return [*found, "retained"] if decay else found
+
+
+def test_time_training_state(
+    weights: Mapping[str, Tensor], sequences: int, *, inner: str = "linear", momentum: bool = False,
+    decay: bool = False,
+) -> dict[str, Tensor]:  # fmt: skip
+    """The state before the first token of `sequences` sequences; `momentum` and `decay` say whether the calls have
+    them. A later step overwrites its tensors."""
+    own = {name: weights[name].expand(sequences, *weights[name].shape).clone() for name in WEIGHTS[inner]}
+    found = {}
+    for name in names(inner, momentum, decay):
+        found[name] = own[name] if name in own else torch.zeros_like(own[name.partition("/")[2] or "b1"])
+    if decay:
+        found["retained"] = torch.ones_like(own["b1"][..., 0])
+    found[OFFSET] = torch.zeros(sequences, dtype=torch.int32, device=own["b1"].device)
+    return found
+
+
+def begin(weights: Mapping[str, Tensor], inner: str, has: tuple[bool, bool], state: Any, n: int) -> Any:
+    """The state that n sequences begin with, and the names of its float tensors; `has` momentum and decay."""
+    if state is None:
+        state = test_time_training_state(weights, n, inner=inner, momentum=has[0], decay=has[1])
+    return state, names(inner, *has)

@@ -5,19 +5,13 @@
 
 d_it sums the log decays of the tokens after i: up to t - 1 with bonus (the state before this token is read), up to t
 without. RWKV-4's decay is -exp(time_decay); AFT-Simple has neither decay nor bonus.
-
-Shapes: B batch, T tokens, N sequences (B, or the packed ones), D channels.
 """
 
-from __future__ import annotations
+from typing import Any
 
 from torch import Tensor
 
-from zoo.kernels import checks, dispatch
-from zoo.kernels.weighted_average.checking import check
-from zoo.kernels.weighted_average.step import weighted_average_step
-
-__all__ = ["weighted_average", "weighted_average_step"]
+from zoo.kernels import checks, dispatch, steps
 
 BACKENDS = dispatch.load(__name__)
 
@@ -25,16 +19,10 @@ State = tuple[Tensor, Tensor, Tensor]
 
 
 def weighted_average(
-    k: Tensor,
-    v: Tensor,
-    decay: Tensor | None = None,
-    bonus: Tensor | None = None,
-    *,
-    initial_state: State | None = None,
-    output_final_state: bool = False,
-    cu_seqlens: Tensor | None = None,
+    k: Tensor, v: Tensor, decay: Tensor | None = None, bonus: Tensor | None = None, *,
+    initial_state: State | None = None, output_final_state: bool = False, cu_seqlens: Tensor | None = None,
     backend: str | None = None,
-) -> tuple[Tensor, State | None]:
+) -> tuple[Tensor, State | None]:  # fmt: skip
     """The decayed, exponentially weighted average of the values, per channel, over T tokens.
 
     Args:
@@ -42,18 +30,36 @@ def weighted_average(
         decay: log decay <= 0, None | [D] | [B, T, D], fp32 (fp64 beside fp64 inputs).
         bonus: [D], fp32 (fp64), added to the key of the token itself (RWKV-4's time_first).
         initial_state: (numerator, denominator, maximum), each [N, D], fp32 (fp64): the sums times exp(-maximum).
-        output_final_state: return the state after the last token of every sequence.
-        cu_seqlens: int32 [N + 1], boundaries of sequences packed along T in a batch of 1; empty sequences are legal.
-        backend: pin one of this op's backends.
+        output_final_state, cu_seqlens, backend: as `zoo.kernels.dispatch` says.
 
     Returns:
         o [B, T, D] in k's dtype, and the final state or None. An empty state has maximum -1e38.
-
-    Raises:
-        ValueError: a shape, dtype or device is wrong, or the pinned backend cannot run the call.
     """
     k, v = checks.autocast(k, v)
-    check(k, v, decay, bonus, initial_state, cu_seqlens)
-    args = (k, v, decay, bonus, initial_state, output_final_state, cu_seqlens)
-    o, state = dispatch.select(BACKENDS, backend, args).run(*args)
-    return o, state
+    _check(k, v, decay, bonus, initial_state, cu_seqlens)
+    return dispatch.recur(BACKENDS, backend, k, v, decay, bonus, initial_state, output_final_state, cu_seqlens)
+
+
+def weighted_average_step(
+    k: Tensor, v: Tensor, decay: Tensor | None = None, bonus: Tensor | None = None, *, state: State
+) -> Tensor:
+    """One token: o [B, 1, D]; the tensors of `state` are overwritten. No gradient."""
+    k, v = checks.autocast(k, v)
+    _check(k, v, decay, bonus, state, None, step=True)
+    return _STEP(k, v, decay, bonus, list(state))
+
+
+def _check(
+    k: Tensor, v: Tensor, decay: Tensor | None, bonus: Tensor | None, state: Any, cu_seqlens: Any, step: bool = False
+) -> None:
+    checks.check_tokens("k", k, cu_seqlens, step)
+    checks.check_shape("v", v, k.shape, "B T D")
+    checks.check_like("v", v, k, k.dtype)
+    checks.check_form("decay", decay, k, {"D": k.shape[2:], "B T D": k.shape})
+    checks.check_gate("bonus", bonus, k, k.shape[2:], "D")
+    parts = dict.fromkeys(("numerator", "denominator", "maximum"), (k.shape[2:], "D"))
+    checks.check_states(state, k, parts, cu_seqlens, step)
+
+
+ARGUMENTS = "Tensor k, Tensor v, Tensor? decay, Tensor? bonus"
+_STEP = steps.op("weighted_average_step", ARGUMENTS, BACKENDS["reference"].run, tree=True)

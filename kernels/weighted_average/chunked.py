@@ -1,42 +1,28 @@
 """Exponentially weighted averages, one chunk after the other: a scan for the maxima, then one for the sums.
 
-Shapes: B batch, T tokens, C tokens of a chunk, M chunks, N sequences, D channels; chunked arrays are [M, B, C, D],
-the state (numerator, denominator, maximum) is three times [B, D].
+Arrays of M chunks of C tokens are [M, B, C, D], the state (numerator, denominator, maximum) is three times [B, D].
 """
 
-from __future__ import annotations
-
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from zoo.kernels import chunks as ch
-from zoo.kernels.prefix import decayed_max, decayed_sum
+from zoo.kernels.halves import decayed_max, decayed_sum
 from zoo.kernels.sequential import State, each_chunk
 from zoo.kernels.weighted_average.reference import add, prepare, ratio
 
 
-def supports(*args: object) -> str | None:
-    return None
-
-
-def run(
-    k: Tensor,
-    v: Tensor,
-    decay: Tensor | None,
-    bonus: Tensor | None,
-    initial_state: State | None,
-    output_final_state: bool,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, State | None]:
-    dtype = k.dtype
+def run(*args: Any) -> tuple[Tensor, State]:
+    k, v, decay, bonus, initial_state, _, cu_seqlens = args
     k, v, decay, begin = prepare(k, v, decay, initial_state, cu_seqlens)
     plan = ch.layout(k.shape[1], cu_seqlens)
     fills = (k, -torch.inf), (v, 0.0), (decay, 0.0)  # no weight where no token is
     parts = [plan.split(x.unsqueeze(2), fill).squeeze(2) for x, fill in fills]
     o, state = each_chunk(plan, partial(_chunk, bonus), begin, parts)
-    return plan.join(o.unsqueeze(2)).squeeze(2).to(dtype), state if output_final_state else None
+    return plan.join(o.unsqueeze(2)).squeeze(2), state
 
 
 def _chunk(bonus: Tensor | None, state: State, k: Tensor, v: Tensor, decay: Tensor) -> tuple[Tensor, State]:

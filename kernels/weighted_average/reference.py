@@ -4,51 +4,28 @@
     a_t = e^(m_{t-1} + decay_t - m_t) a_{t-1} + e^(k_t - m_t) v_t        b_t likewise with v = 1
     o_t = a_t / b_t, or with bonus u the same from a_{t-1}, b_{t-1}, m_{t-1} and the key k_t + u, without decay
 
-Shapes: B batch, T tokens, N sequences, D channels; the state (a, b, m) is three times [N, D].
+The state (a, b, m) is three times [N, D].
 """
 
-from __future__ import annotations
-
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from zoo.kernels.checks import count_sequences, state_dtype
-from zoo.kernels.sequential import State, each_sequence
+from zoo.kernels.sequential import State, each_token
 
 EMPTY = -1e38  # finite, so that the difference of two is no NaN
 
 
-def supports(*args: object) -> str | None:
-    return None
-
-
-def run(
-    k: Tensor,
-    v: Tensor,
-    decay: Tensor | None,
-    bonus: Tensor | None,
-    initial_state: State | None,
-    output_final_state: bool,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, State | None]:
-    dtype = k.dtype
+def run(*args: Any) -> tuple[Tensor, State]:
+    k, v, decay, bonus, initial_state, _, cu_seqlens = args
     k, v, decay, begin = prepare(k, v, decay, initial_state, cu_seqlens)
-    o, state = each_sequence(partial(_tokens, bonus), (k, v, decay), begin, cu_seqlens)
-    return o.to(dtype), state if output_final_state else None
+    return each_token(partial(_token, bonus), v, (k, v, decay), begin, cu_seqlens)
 
 
-def _tokens(bonus: Tensor | None, state: State, k: Tensor, v: Tensor, decay: Tensor) -> tuple[Tensor, State]:
-    outputs = [v[:, :0]]
-    for t in range(k.shape[1]):
-        o, state = token(state, k[:, t], v[:, t], decay[:, t], bonus)
-        outputs.append(o[:, None])
-    return torch.cat(outputs, 1), state
-
-
-def token(state: State, k: Tensor, v: Tensor, decay: Tensor, bonus: Tensor | None) -> tuple[Tensor, State]:
-    """o [B, D] and the state after one token."""
+def _token(bonus: Tensor | None, state: State, k: Tensor, v: Tensor, decay: Tensor) -> tuple[Tensor, State]:
     numerator, denominator, maximum = state
     after = add(numerator, denominator, maximum + decay, k, v)
     read = after if bonus is None else add(numerator, denominator, maximum, k + bonus, v)

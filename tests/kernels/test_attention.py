@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from zoo.kernels import dispatch
 from zoo.kernels.attention import PADDING, attention
+from zoo.kernels.attention.mask import Mask
 
 BACKENDS = [name for name in dispatch.backends("attention") if name != "triton"]
 MASKS = [
@@ -152,18 +153,14 @@ def test_lse_merges_two_halves_of_the_keys():
     torch.testing.assert_close(merged, o)
 
 
-def test_long_window_never_forms_the_whole_mask(monkeypatch):
-    """The mask handed to torch stays proportional to length times window."""
+@pytest.mark.parametrize("options", [{}, {"sink_tokens": 3}, {"causal": False}], ids=str)
+def test_long_window_never_forms_the_whole_mask(monkeypatch, options):
+    """Blocks of queries look at the keys near them, not at all 2000."""
     sizes = []
-    original = F.scaled_dot_product_attention
-
-    def spy(*args, attn_mask=None, **options):
-        sizes.append(attn_mask.numel())
-        return original(*args, attn_mask=attn_mask, **options)
-
-    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
-    attention(**inputs(2000, b=1, dtype=torch.float32), window=64)
-    assert sizes and max(sizes) < 2000 * 64 * 3
+    original = Mask.visible
+    monkeypatch.setattr(Mask, "visible", lambda *args: sizes.append(original(*args).numel()) or original(*args))
+    attention(**inputs(2000, b=1, dtype=torch.float32), window=64, **options)
+    assert sizes and sum(sizes) < 2000 * 64 * 7
 
 
 # torch's own tracer instantiates autograd functions, which torch deprecates.

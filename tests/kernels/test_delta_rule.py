@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from zoo.kernels.delta_rule import delta_rule
-from zoo.kernels.triangular import unit_lower_inverse
+from zoo.kernels.halves import unit_lower_inverse
 
 
 def test_equals_transformers_gated_delta_rule(evaluate, assert_close):

@@ -57,8 +57,6 @@ if INSTALLED:
     @pytest.mark.parametrize(
         ("change", "reason"),
         [
-            ({"decay": torch.zeros(2, 4)}, "decay per channel"),
-            ({"decay": torch.zeros(1, 3, 2, 4)}, "decay per channel"),
             ({"q": torch.zeros(1, 3, 1, 300), "k": torch.zeros(1, 3, 1, 300)}, "K up to 256"),
             ({"v": torch.zeros(1, 3, 2, 600)}, "V up to 512"),
         ],
@@ -102,8 +100,7 @@ if INSTALLED and INTERPRETED:
     @pytest.mark.parametrize("norm", [False, True])
     def test_values_state_and_gradients(check, decay, norm):
         tensors = inputs(1, CHUNK + 7, 1, 2, 12, 20, decay, normalized=not norm)
-        # The gradient of a decay per head is a sum over tokens that may cancel.
-        check(tensors, rms=1e-4 if decay == "head" else 1e-5, qk_l2norm=norm, scale=0.7)
+        check(tensors, qk_l2norm=norm, scale=0.7)
 
     @pytest.mark.parametrize("t", [1, CHUNK - 1, CHUNK, CHUNK + 1])
     def test_lengths_around_a_chunk(check, t):
@@ -135,9 +132,14 @@ if INSTALLED and INTERPRETED:
         apart = torch.cat([delta_rule(**part, backend="triton")[0] for part in parts], 1)
         assert torch.equal(together, apart)
 
+    def test_gradient_of_strong_decays_per_head(check):
+        """It is tiny, and what it is summed from is not."""
+        tensors = inputs(1, CHUNK + 9, 2, 2, 16, 16, "head")
+        check(tensors | {"decay": torch.tensor([-7.0, -25.0])})
+
     def test_strong_decay_and_total_forgetting(check):
         tensors = inputs(1, 2 * CHUNK, 1, 1, 16, 16, "token", strongest=30.0)
-        check(tensors, rms=2e-5)
+        check(tensors)
         tensors["decay"][:, 5::9] = -1e4
         check(tensors, rms=2e-5)
 
@@ -155,7 +157,7 @@ if INSTALLED and INTERPRETED:
     @pytest.mark.parametrize("size", [16, 64])
     def test_other_chunks(check, monkeypatch, size):
         """bf16 has chunks of 64, and its own arithmetic exists on a device alone."""
-        monkeypatch.setattr("zoo.kernels.delta_rule.triton_launch.chunk_size", lambda *_: size)
+        monkeypatch.setattr("zoo.kernels.delta_rule.triton.chunk_size", lambda *_: size)
         check(inputs(1, 64 + 9, 1, 1, 16, 16, "token"))
 
     @pytest.mark.parametrize(("dtype", "rms"), [(torch.float16, 1e-3), (torch.bfloat16, 1e-2)])
@@ -200,7 +202,7 @@ if INSTALLED and INTERPRETED:
         tensors = inputs(1, 5, 1, 2, 16, 16, "token")
         leaves = [x.requires_grad_() for x in tensors.values()]
         cu_seqlens = torch.tensor([0, 2, 5], dtype=torch.int32)
-        torch.library.opcheck(torch.ops.zoo.delta_rule, (*leaves[:5], True, 0.5, None, cu_seqlens))
+        torch.library.opcheck(torch.ops.zoo.delta_rule, (*leaves[:5], True, 0.5, None, cu_seqlens, True))
 
     def test_automatic_choice():
         assert next(iter(dispatch.backends("delta_rule"))) == "triton"
