@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from zoo.kernels import chunks as ch
 from zoo.kernels.halves import decayed_sum
 from zoo.kernels.selective_scan.reference import per_channel, prepare, skip, transition
-from zoo.kernels.sequential import State, each_chunk
+from zoo.kernels.sequential import each_chunk
 
 CHUNK = 32
 
@@ -27,7 +27,7 @@ def run(*args: Any) -> tuple[Tensor, Tensor]:
     tokens = [y if y.dim() == 4 else None for y in (b, c)]
     parts = [None if y is None else plan.split(y.unsqueeze(2)).squeeze(2) for y in (x, dt, *tokens)]
 
-    def step(state: State, *part: Tensor | None) -> tuple[Tensor, State]:
+    def step(state: Any, *part: Any) -> Any:  # Dynamo reads the annotations and knows no subscripts
         y, last = checkpoint(_chunk, a, *fixed, *state, *part, use_reentrant=False, preserve_rng_state=False)
         return y, (last,)
 
