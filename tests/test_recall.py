@@ -73,6 +73,9 @@ def test_key_value_lists_ask_only_for_lines_they_hold() -> None:
         assert len({re.split(": | = | -> ", line)[0] for line in listed}) == len(listed)
         sizes.add(len(listed))
     assert len(sizes) > 25 and 120 < framed < 180
+    for _ in range(20):
+        listed, asked = parts(recall.key_value_list(rng, every=True))
+        assert sorted(asked) == sorted(listed) and asked != listed
 
 
 def test_needle_documents_answer_what_they_planted() -> None:

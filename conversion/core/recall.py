@@ -87,13 +87,14 @@ def distinct(draw: Callable[[random.Random], str], rng: random.Random, n: int) -
 
 
 # ---- documents ------------------------------------------------------------------------------------------------------
-def key_value_list(rng: random.Random, min_pairs: int = 4, max_pairs: int = 40) -> str:
-    """4 to 40 lines "key: value", then 3 to 12 of them again in another order; most lists say what they are."""
+def key_value_list(rng: random.Random, min_pairs: int = 4, max_pairs: int = 40, every: bool = False) -> str:
+    """4 to 40 lines "key: value", then 3 to 12 or `every` one of them again in another order; most lists say what they
+    are."""
     pairs = rng.randint(min_pairs, max_pairs)
     value, mark = any_value(rng), rng.choice((": ", ": ", " = ", " -> "))
     keys = distinct(word_key if rng.random() < 0.5 else any_key, rng, pairs)
     lines = [f"{key}{mark}{value(rng)}" for key in keys]
-    asked = rng.sample(lines, min(pairs, rng.randint(3, 12)))
+    asked = rng.sample(lines, pairs if every else min(pairs, rng.randint(3, 12)))
     if rng.random() < 0.75:
         return "\n".join([LIST_OPENING, *lines, LIST_QUESTION, *asked])
     return "\n".join([*lines, "", *asked])
@@ -150,24 +151,26 @@ def repeat_row(rng: random.Random, text: Sequence[int] | Row, vocab: int, length
 
 
 def recall_documents(
-    rng: random.Random, filler: Sequence[str], length: int, ratio: float, lists: float
+    rng: random.Random, filler: Sequence[str], length: int, ratio: float, lists: float, every: bool = False
 ) -> Iterator[str]:
-    """A share `lists` of key-value lists, else needle documents of 128 to `length` tokens; `ratio` is characters per
-    token."""
+    """A share `lists` of key-value lists, which ask for 3 to 12 or `every` entry, else needle documents of 128 to
+    `length` tokens; `ratio` is characters per token."""
     longest = max(129, length - 160)
     while True:
         if rng.random() < lists:
-            yield key_value_list(rng, 4, max(4, min(40, length // 24)))
+            yield key_value_list(rng, 4, max(4, min(40, length // 24)), every)
         else:
             tokens = 128 * (longest / 128) ** rng.random()
             yield needle_document(rng, filler, max(0, int(ratio * (tokens - 100))))
 
 
-def recall_rows(filler: str, tokenizer: Any, length: int, seed: int, lists: float = 0.6) -> Iterator[Row]:
+def recall_rows(
+    filler: str, tokenizer: Any, length: int, seed: int, lists: float = 0.6, every: bool = False
+) -> Iterator[Row]:
     """Endless rows [L] of whole recall documents, each preceded by the end token; the rest of a row is filler text."""
     rng, parts = random.Random(seed), sentences(filler)
     text = np.asarray(encode(tokenizer, [filler])[0], dtype=np.int32)
-    documents = recall_documents(rng, parts, length, len(filler) / len(text), lists)
+    documents = recall_documents(rng, parts, length, len(filler) / len(text), lists, every)
     waiting: list[list[int]] = []
     while True:
         while len(waiting) < 64:

@@ -23,8 +23,9 @@ from tokenizers import Tokenizer
 from zoo.conversion.core import recall
 
 Array = NDArray[np.int32]
-# share of rows that tile one span, which helps recall to appear, and share of lists among the documents of the others
-KINDS = {"recall": (0.25, 0.6), "lists": (0.0, 1.0)}
+# share of rows that tile one span, which helps recall to appear; share of lists among the documents of the others; do
+# lists ask for every entry
+KINDS = {"recall": (0.25, 0.6, False), "lists": (0.0, 1.0, True)}
 SMALL = 256  # rows that one process makes sooner than others start
 
 
@@ -40,10 +41,10 @@ class PlainTokenizer:
 
 def make_rows(tokenizer: Any, filler: str, count: int, length: int, seed: int, kind: str = "recall") -> Array:
     """Rows [N, L] of recall documents with `filler` between them; `kind` is one of `KINDS`."""
-    share, lists = KINDS[kind]
+    share, lists, every = KINDS[kind]
     rng, repeats = random.Random(seed), round(count * share)
     text = recall.encode(tokenizer, [filler])[0]
-    rows = list(islice(recall.recall_rows(filler, tokenizer, length, seed, lists), count - repeats))
+    rows = list(islice(recall.recall_rows(filler, tokenizer, length, seed, lists, every), count - repeats))
     rows += [recall.repeat_row(rng, text, len(tokenizer), length) for _ in range(repeats)]
     rng.shuffle(rows)
     return np.stack(rows) if rows else np.empty((0, length), np.int32)

@@ -1,85 +1,17 @@
-"""Test-time training: the dual form against autograd token by token, any split, packing, steps, TTT by hand.
-
-Shapes: B batch, T tokens, N sequences, H key heads, Hv value heads, K and V head widths, C tokens of a mini-batch.
-"""
+"""Test-time training: the dual form against autograd token by token, any split, packing, steps, bad arguments."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
+from ttt_calls import MINI_BATCH, TOKENS, call, cut, inputs, offsets, split_names
 
 from zoo.kernels import dispatch
 from zoo.kernels import test_time_training as ttt
 
 BACKENDS = [name for name in dispatch.backends("test_time_training") if name not in ("reference", "triton")]
-MINI_BATCH = 6
 PACKED = [0, 0, 1, 5, 5, 13, 21]
 KINDS = ["linear", "linear norm rows", "mlp", "mlp norm", "linear decay", "linear norm momentum", "mlp norm all"]
-TOKENS = ("q", "k", "v", "lr", "momentum", "decay")
-
-
-def inputs(kind, t, *, b=2, n=None, dtype=torch.float64, strength=1.0, with_state=True):
-    """The tensors of a call under flat names; `call` puts them together."""
-    h, hv, k, hidden = 1, 2, 4, 5
-    v = k if "norm" in kind else 3
-    made = {
-        "q": torch.randn(b, t, h, k, dtype=dtype),
-        "k": torch.randn(b, t, h, k, dtype=dtype),
-        "v": torch.randn(b, t, hv, v, dtype=dtype),
-        "lr": 0.1 * torch.rand(b, t, hv, dtype=dtype),
-    }
-    if "norm" in kind:
-        made |= {"norm_weight": torch.rand(hv, v, dtype=dtype) + 0.5, "norm_bias": torch.randn(hv, v, dtype=dtype)}
-    for gate in ("momentum", "decay"):
-        if gate in kind or "all" in kind:
-            made[gate] = -strength * torch.rand(b, t, hv, dtype=dtype)
-    if "rows" in kind:
-        made["position_scale"] = 1 / torch.arange(1.0, MINI_BATCH + 1, dtype=dtype)
-    elif "all" in kind:
-        made["position_scale"] = torch.rand(hv, MINI_BATCH, dtype=dtype)
-    widths = (k, hidden, v) if kind.startswith("mlp") else (k, v)
-    for i, (fan_in, fan_out) in enumerate(zip(widths, widths[1:], strict=False), 1):
-        made[f"weights.W{i}"] = torch.randn(hv, fan_in, fan_out, dtype=dtype) / fan_in**0.5
-        made[f"weights.b{i}"] = torch.randn(hv, fan_out, dtype=dtype)
-    return made | (state_of(made, kind, n or b, dtype) if with_state else {})
-
-
-def state_of(made, kind, n, dtype):
-    """A random state in the middle of a mini-batch; its offsets are not among the tensors with gradients."""
-    weights = {name.partition(".")[2]: x for name, x in made.items() if name.startswith("weights.")}
-    has = {"momentum": "momentum" in made, "decay": "decay" in made}
-    state = ttt.test_time_training_state(weights, n, inner=kind.split()[0], **has)
-    found = {f"state.{name}": x + 0.1 * torch.randn_like(x) for name, x in state.items() if name != "offset"}
-    if "decay" in made:
-        found["state.retained"] = torch.rand(n, 2, dtype=dtype)
-    return found
-
-
-def offsets(n):
-    return (torch.arange(n, dtype=torch.int32) * 4 + 2) % MINI_BATCH
-
-
-def split_names(tensors):
-    """The arguments of the op from flat names."""
-    plain = {name: x for name, x in tensors.items() if "." not in name}
-    weights = {name.partition(".")[2]: x for name, x in tensors.items() if name.startswith("weights.")}
-    state = {name.partition(".")[2]: x for name, x in tensors.items() if name.startswith("state.")}
-    plain |= {"weights": weights, "inner": "mlp" if "W2" in weights else "linear", "mini_batch": MINI_BATCH}
-    return plain, state
-
-
-def call(offset=None, backend=None, cu_seqlens=None, **tensors):
-    """o and the float tensors of the final state."""
-    plain, state = split_names(tensors)
-    begin = state | {"offset": offset} if state else None
-    options = {"output_final_state": True, "backend": backend, "cu_seqlens": cu_seqlens}
-    o, final = ttt.test_time_training(**plain, initial_state=begin, **options)
-    return o, *(x for name, x in final.items() if name != "offset")
-
-
-def cut(tensors, begin, end):
-    return {name: x[:, begin:end] if name in TOKENS else x for name, x in tensors.items()}
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -151,61 +83,6 @@ def test_steps_equal_the_op(kind):
     found = [ttt.test_time_training_step(**cut(plain, t, t + 1), state=state) for t in range(15)]
     torch.testing.assert_close(torch.cat(found, 1), o, rtol=1e-11, atol=1e-11)
     torch.testing.assert_close(state, final, rtol=1e-11, atol=1e-11)
-
-
-def test_gradients_of_a_mini_batch_are_taken_where_it_began():
-    """Linear, no norm, by hand: within a mini-batch the weights are W - lr k^T (k W - v) summed up to each token."""
-    plain, _ = split_names(inputs("linear", MINI_BATCH, b=1, with_state=False))
-    weights = {name: torch.zeros_like(x) for name, x in plain["weights"].items()}
-    o, state = ttt.test_time_training(**plain | {"weights": weights}, output_final_state=True)
-    q, k, v = plain["q"][0, :, 0], plain["k"][0, :, 0], plain["lr"][0, ..., None] * plain["v"][0]
-    scores = torch.tril(q @ k.T + 1)  # one more for the bias
-    torch.testing.assert_close(o[0], torch.einsum("ij,jhv->ihv", scores, v))
-    torch.testing.assert_close(state["W1"][0], torch.einsum("jk,jhv->hkv", k, v))
-    assert not state["gradient/W1"].any() and state["offset"].item() == 0
-
-
-def test_one_token_mini_batches_without_a_norm_are_the_delta_rule():
-    from zoo.kernels.delta_rule import delta_rule
-
-    plain, _ = split_names(inputs("linear", 20, with_state=False))
-    plain |= {"mini_batch": 1, "weights": {name: torch.zeros_like(x) for name, x in plain["weights"].items()}}
-    one = torch.ones_like(plain["k"][..., :1])  # the bias is one more channel of the key
-    q, k = (torch.cat([plain[name], one], -1) for name in "qk")
-    expected, end = delta_rule(q, k, plain["v"], plain["lr"], scale=1.0, output_final_state=True)
-    o, state = ttt.test_time_training(**plain, output_final_state=True)
-    torch.testing.assert_close(o, expected)
-    torch.testing.assert_close(torch.cat([state["W1"], state["b1"].unsqueeze(-2)], -2), end)
-
-
-def test_titans_by_hand():
-    """Momentum inside S, decay on the weights, the gradient of one token: M = (1 - a) M + S, S = eta S - theta grad."""
-    plain, _ = split_names(inputs("linear momentum decay", 8, b=1, with_state=False))
-    weights = plain["weights"]
-    o, _ = ttt.test_time_training(**plain | {"mini_batch": 1})
-    w, b = weights["W1"], weights["b1"]
-    moving = torch.zeros_like(w), torch.zeros_like(b)
-    for t in range(8):
-        q, k, v = (plain[name][0, t] for name in "qkv")
-        error = k @ w - v[:, None] + b[:, None]
-        slopes = k.mT * error, error[:, 0]
-        eta, keep, theta = plain["momentum"][0, t].exp(), plain["decay"][0, t].exp(), plain["lr"][0, t]
-        s_w = eta[:, None, None] * moving[0] - theta[:, None, None] * slopes[0]
-        s_b = eta[:, None] * moving[1] - theta[:, None] * slopes[1]
-        moving, w, b = (s_w, s_b), keep[:, None, None] * w + s_w, keep[:, None] * b + s_b
-        torch.testing.assert_close(o[0, t], (q @ w)[:, 0] + b)
-
-
-def test_training_on_a_pair_teaches_it():
-    """The inner model learns a key's value when it sees the pair again and again."""
-    plain, _ = split_names(inputs("mlp norm", 600, b=1, with_state=False))
-    plain |= {name: plain[name][:, :1].expand(-1, 600, -1, -1) for name in "kv"}
-    plain |= {"q": plain["k"], "lr": torch.full_like(plain["lr"], 0.05), "norm_weight": torch.ones(2, 4).double()}
-    target = F.layer_norm(plain["v"] - plain["k"], (4,)) + plain["k"]  # what a norm with these weights can reach
-    plain |= {"v": target, "norm_bias": torch.zeros(2, 4).double()}
-    o, _ = ttt.test_time_training(**plain)
-    first, last = ((o - target)[:, t].norm() for t in (0, -1))
-    assert last < 0.05 * first
 
 
 def test_bf16_sums_in_fp32(evaluate, assert_close):
