@@ -5,6 +5,7 @@ Shapes: B batch, T tokens, N sequences, C tokens per chunk.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import threading
@@ -31,7 +32,11 @@ def device_reason(x: Tensor) -> str | None:
     if x.device.type != "cuda":
         return f"Triton kernels need a CUDA device and the inputs are on {x.device} (TRITON_INTERPRET=1 emulates one)"
     major, minor = torch.cuda.get_device_capability(x.device)
-    return None if major >= 8 else f"its products need compute capability 8.0 and {x.device} has {major}.{minor}"
+    if major < 8:
+        return f"its products need compute capability 8.0 and {x.device} has {major}.{minor}"
+    if assembler() is None:
+        return "ptxas before 12.9 miscompiles its products; triton 3.6 or later brings one, TRITON_PTXAS_PATH names one"
+    return None
 
 
 def operand_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -97,10 +102,41 @@ def held_back() -> Iterator[None]:
         _local.held = before
 
 
+@cache
+def assembler() -> str | None:
+    """The first ptxas of release 12.9 or later among that of the settings and those that triton brings.
+
+    12.8, which triton 3.4 to 3.7 take for Hopper, miscompiles tensor core products: on an H200 the same PTX gave wrong
+    numbers and illegal addresses with it, and right ones with 12.9 or with 12.8 that does not optimise.
+    """
+    settings = importlib.import_module("triton").knobs.nvidia
+    tools = (tool for tool in (settings.ptxas, settings.ptxas_blackwell) if tool is not None)
+    return next((tool.path for tool in tools if tuple(map(int, tool.version.split("."))) >= (12, 9)), None)
+
+
+@contextmanager
+def assembled(path: str) -> Iterator[str]:
+    """Inside, triton assembles with the ptxas at `path`, and other kernels of the process with their own. Gives the
+    options to compile with: the cache does not tell one ptxas from another, but options it does."""
+    settings = importlib.import_module("triton").knobs.nvidia
+    before = vars(settings).copy()
+    settings.__dict__["ptxas"] = path
+    try:
+        yield f"{settings.ptxas_options or ''} --verbose".strip()
+    finally:
+        settings.__dict__.clear()
+        settings.__dict__.update(before)
+
+
 def start(kernel: Any, programs: tuple[int, ...], *args: Any, **options: Any) -> None:
     """Launch `kernel` over a grid, which may be empty."""
-    if not getattr(_local, "held", False) and all(programs):
+    if getattr(_local, "held", False) or not all(programs):
+        return
+    if interpreting():
         kernel[programs](*args, **options)
+        return
+    with assembled(assembler() or "") as ptx_options:
+        kernel[programs](*args, ptx_options=ptx_options, **options)
 
 
 # ---- launch choices ---------------------------------------------------------------------------------------------

@@ -204,7 +204,7 @@ def bench(
     tune: Annotated[bool, typer.Option("--tune", help="Search launch choices for this GPU and keep them.")] = False,
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
     direction: Annotated[str | None, typer.Option(help="fwd, fwdbwd or decode; all by default.")] = None,
-    jobs: Annotated[int | None, typer.Option(help="Processes that compile; one per core by default.")] = None,
+    jobs: Annotated[int | None, typer.Option(help="Processes that compile first; one per core by default.")] = None,
 ) -> None:
     """Check and time the kernels on this GPU (small cases without one)."""
     if what != "kernels":

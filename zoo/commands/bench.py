@@ -47,7 +47,7 @@ def run(
     waiting = [(case, peer) for case in chosen for peer in bench_peers.names(case, against) or [""]]
     missing = [(case, peer) for case, peer in waiting if not table.has(case, peer)]
     if device == "cuda":
-        warm(missing, jobs or os.cpu_count() or 1)
+        warm(missing, os.cpu_count() or 1 if jobs is None else jobs)
         if "fla" in against:
             bench_peers.tune_quickly()
     for case, peer in missing:
@@ -78,7 +78,7 @@ def measure(case: Case, peer: str, device: str) -> Row:
     try:
         # The gate covers forward and backward, at a size that fp64 has room for.
         way = "decode" if case.direction == "decode" else "fwd"
-        row["check"], row["backend"] = judged(replace(case, B=1, H=min(case.H, max(1, 2**17 // case.T)), direction=way))
+        row["check"], row["backend"] = judged(replace(case, B=1, H=min(case.H, max(1, 2**15 // case.T)), direction=way))
         if row["check"] != "ok":
             return row
         sets = rotated(case, device)
@@ -113,7 +113,10 @@ def judged(case: Case) -> tuple[str, str]:
 
 
 def warm(missing: list[tuple[Case, str]], jobs: int) -> None:
-    """Fill Triton's cache: every distinct set of kernels in a process of its own, ours and the peer's."""
+    """Fill Triton's cache: every distinct set of kernels in a process of its own, ours and the peer's. Without `jobs`
+    each is compiled where it is first measured."""
+    if not jobs:
+        return
     groups: dict[tuple[Any, ...], tuple[Case, str]] = {}
     for case, peer in missing:
         for who in {"", peer} - {"sdpa", "flex"}:

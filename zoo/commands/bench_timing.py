@@ -70,7 +70,7 @@ def graphed(steps: Steps) -> float:
     return found
 
 
-def events(steps: Steps, seconds: float = 0.15) -> float:
+def events(steps: Steps, seconds: float = 0.1) -> float:
     begin, marks = clock(steps, torch.cuda.synchronize), []
     for i in range(min(max(12, int(1e3 * seconds / begin)), 200)):
         marks.append([torch.cuda.Event(enable_timing=True) for _ in range(2)])
