@@ -53,22 +53,20 @@ def check_float(name: str, x: Tensor) -> None:
         raise ValueError(f"{name} has dtype {x.dtype}; it must be float16, bfloat16, float32 or float64")
 
 
-def check_dims(name: str, x: Tensor, dims: str) -> None:
-    """`dims` spells the expected axes, for example "B T H K"."""
+def check_shape(name: str, x: Tensor, shape: Sequence[int] | None, dims: str) -> None:
+    """`dims` spells the expected axes, for example "B T H K", and `shape` their sizes, or None where any will do."""
     check_tensor(name, x)
     if x.dim() != len(dims.split()):
         raise ValueError(f"{name} has shape {list(x.shape)}; it must be [{dims.replace(' ', ', ')}]")
-
-
-def check_shape(name: str, x: Tensor, shape: Sequence[int], dims: str) -> None:
-    check_dims(name, x, dims)
-    if tuple(x.shape) != tuple(shape):
+    if shape is not None and tuple(x.shape) != tuple(shape):
         raise ValueError(f"{name} has shape {list(x.shape)}; it must be [{dims.replace(' ', ', ')}] = {list(shape)}")
 
 
-def check_like(name: str, x: Tensor, other: Tensor, dtype: torch.dtype) -> None:
-    """`x` must lie where `other` does and have `dtype`."""
-    if x.dtype != dtype:
+def check_like(name: str, x: Tensor, other: Tensor, dtype: torch.dtype | None = None) -> None:
+    """`x` must lie where `other` does and have `dtype`, or any float dtype."""
+    if dtype is None:
+        check_float(name, x)
+    elif x.dtype != dtype:
         raise ValueError(f"{name} has dtype {x.dtype}; beside inputs of {other.dtype} it must be {dtype}")
     if x.device != other.device:
         raise ValueError(f"{name} is on {x.device}; it must be on {other.device} like the first input")
@@ -77,9 +75,9 @@ def check_like(name: str, x: Tensor, other: Tensor, dtype: torch.dtype) -> None:
 def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     """q, k [B, T, H, K] and v [B, T, Hv, V], of one dtype and device, with Hv a multiple of H."""
     check_float("q", q)
-    check_dims("q", q, "B T H K")
+    check_shape("q", q, None, "B T H K")
     check_shape("k", k, q.shape, "B T H K")
-    check_dims("v", v, "B T Hv V")
+    check_shape("v", v, None, "B T Hv V")
     check_shape("v", v, (*q.shape[:2], *v.shape[2:]), "B T Hv V")
     check_like("k", k, q, q.dtype)
     check_like("v", v, q, q.dtype)
@@ -98,26 +96,23 @@ def check_gate(name: str, x: Any, q: Tensor, shape: Sequence[int], dims: str, *,
 
 def check_form(name: str, x: Tensor | None, q: Tensor, shapes: Mapping[str, Sequence[int]]) -> None:
     """None, or an fp32 (fp64) tensor of one of several shapes, by their axes."""
-    if x is None:
-        return
-    check_tensor(name, x)
-    if tuple(x.shape) not in [tuple(shape) for shape in shapes.values()]:
-        allowed = ", ".join(f"[{dims.replace(' ', ', ')}] = {list(shape)}" for dims, shape in shapes.items())
-        raise ValueError(f"{name} has shape {list(x.shape)}; it must be None or one of {allowed}")
-    check_like(name, x, q, state_dtype(q.dtype))
-
-
-def check_scale(scale: float | None) -> None:
-    if scale is not None and (not isinstance(scale, (int, float)) or isinstance(scale, bool)):
-        raise ValueError(f"scale is {type(scale).__name__}; it must be a number or None")
-    if scale is not None and not math.isfinite(scale):
-        raise ValueError(f"scale is {scale}; it must be finite")
+    if x is not None:
+        check_tensor(name, x)
+        if list(x.shape) not in map(list, shapes.values()):
+            allowed = ", ".join(f"[{dims.replace(' ', ', ')}] = {list(shape)}" for dims, shape in shapes.items())
+            raise ValueError(f"{name} has shape {list(x.shape)}; it must be None or one of {allowed}")
+        check_like(name, x, q, state_dtype(q.dtype))
 
 
 def default_scale(scale: float | None, q: Tensor) -> float:
     """The factor on q, once it is checked."""
-    check_scale(scale)
-    return float(q.shape[-1] ** -0.5 if scale is None else scale)
+    if scale is None:
+        return float(q.shape[-1] ** -0.5)
+    if not isinstance(scale, (int, float)) or isinstance(scale, bool):
+        raise ValueError(f"scale is {type(scale).__name__}; it must be a number or None")
+    if not math.isfinite(scale):
+        raise ValueError(f"scale is {scale}; it must be finite")
+    return float(scale)
 
 
 def check_cu_seqlens(cu_seqlens: Tensor | None, x: Tensor) -> None:
@@ -133,7 +128,8 @@ def check_cu_seqlens(cu_seqlens: Tensor | None, x: Tensor) -> None:
         raise ValueError(f"cu_seqlens is on {cu_seqlens.device}; it must be on {x.device} like the first input")
     if x.shape[0] != 1:
         raise ValueError(f"cu_seqlens is given beside a batch of {x.shape[0]}; with cu_seqlens it must be 1")
-    if values_readable(cu_seqlens):
+    unreadable = torch.compiler.is_compiling() or x.is_meta
+    if not (unreadable or (x.is_cuda and torch.cuda.is_current_stream_capturing())):
         values, length = host_values(cu_seqlens), x.shape[1]
         if values[0] != 0 or values[-1] != length:
             raise ValueError(f"cu_seqlens runs from {values[0]} to {values[-1]}; it must run from 0 to T = {length}")
@@ -141,33 +137,26 @@ def check_cu_seqlens(cu_seqlens: Tensor | None, x: Tensor) -> None:
             raise ValueError(f"cu_seqlens is {values}; it must never decrease")
 
 
-def values_readable(x: Tensor) -> bool:
-    """Whether reading x on the host is allowed: not while compiling, capturing a graph or running without data."""
-    if torch.compiler.is_compiling() or x.is_meta:
-        return False
-    return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
-
-
 def host_values(x: Tensor) -> list[int]:
     """x.tolist(), read from the device once as long as x lives and is not written."""
     version = None if x.is_inference() else x._version
-    cached: tuple[int | None, list[int]] | None = _host_values.get(x)
-    if cached is None or cached[0] != version or version is None:
-        cached = _host_values[x] = (version, x.tolist())
-    return cached[1]
+    if version is None or _host_values.get(x, (None,))[0] != version:
+        _host_values[x] = version, x.tolist()
+    found: list[int] = _host_values[x][1]
+    return found
 
 
 def check_tokens(name: str, x: Tensor, cu_seqlens: Tensor | None, step: bool, dims: str = "B T D") -> None:
     """Floats [B, T, ...] with no axis empty, unless packed sequences have no token."""
     check_float(name, x)
-    check_dims(name, x, dims)
+    check_shape(name, x, None, dims)
     if 0 in (*x.shape[:1], *x.shape[2:]):
         raise ValueError(f"{name} has shape {list(x.shape)}; only T may be 0, and only for packed sequences")
     check_sequences(name, x, cu_seqlens, step)
 
 
 def check_sequences(name: str, x: Tensor, cu_seqlens: Tensor | None, step: bool) -> None:
-    """A step takes one token; a call takes at least one, unless sequences are packed along T."""
+    """One token for a step; else at least one, unless sequences are packed along T."""
     if step and x.shape[1] != 1:
         raise ValueError(f"{name} has T = {x.shape[1]}; a step takes exactly one token")
     if x.shape[1] < 1 and cu_seqlens is None:
@@ -180,9 +169,10 @@ def count_sequences(x: Tensor, cu_seqlens: Tensor | None) -> int:
     return x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
 
 
-def check_state(state: Any, x: Tensor, shape: Sequence[int], dims: str, *rest: Any, dtype: Any = None) -> None:
+def check_state(
+    state: Any, x: Tensor, shape: Sequence[int], dims: str, cu_seqlens: Tensor | None, step: bool, dtype: Any = None
+) -> None:
     """[N, *shape] in the state dtype, or another; only a step cannot do without."""
-    cu_seqlens, step = rest
     if step or state is not None:
         name = "state" if step else "initial_state"
         check_shape(name, state, (count_sequences(x, cu_seqlens), *shape), f"N {dims}")
@@ -202,8 +192,8 @@ def check_states(states: object, x: Tensor, parts: Parts, cu_seqlens: Tensor | N
 
 
 def check_recurrence(
-    q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, state: Tensor | None, cu_seqlens: Tensor | None = None, *,
-    columns: int = 0, step: bool = False,
+    q: Tensor, k: Tensor, v: Tensor, decay: Any, state: Any, cu_seqlens: Any = None, *, columns: int = 0,
+    step: bool = False,
 ) -> None:  # fmt: skip
     """What the ops with a state [N, Hv, K, V + columns] share."""
     check_qkv(q, k, v)

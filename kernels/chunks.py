@@ -5,6 +5,7 @@ Chunked arrays are [M, B, H, C, D]: the recurrence over chunks then reads contig
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,19 +23,17 @@ class Chunks:
     length: int
     size: int
     count: int
-    slots: Tensor | None = None  # [T] or [B, T] place of each token in the padded array of M * C
+    slots: Tensor | None = None  # [B * T] place of each token in the padded array of B * M * C
     sequence: Tensor | None = None  # [M] the sequence of each chunk
-    first: Tensor | None = None  # [M] whether a chunk begins its sequence
-    last: Tensor | None = None  # [N] last chunk of each sequence
-    empty: Tensor | None = None  # [N]
+    first: Any = None  # [M] whether a chunk begins its sequence
+    last: Any = None  # [N] last chunk of each sequence
+    empty: Any = None  # [N]
 
     def split(self, x: Tensor, fill: float = 0.0) -> Tensor:
         """[B, T, H, ...] to [M, B, H, C, ...], `fill` where no token is."""
         b, rest, padded = x.shape[0], x.shape[2:], self.count * self.size
         if self.slots is not None:
-            empty = x.new_full((b, padded, *rest), fill)
-            rows = self.slots.dim() == 2
-            x = empty.scatter(1, _along(self.slots, x), x) if rows else empty.index_copy(1, self.slots, x)
+            x = x.new_full((b * padded, *rest), fill).index_copy(0, self.slots, x.flatten(0, 1)).unflatten(0, (b, -1))
         elif padded > self.length:
             x = F.pad(x, [0, 0] * len(rest) + [0, padded - self.length], value=fill)
         return x.unflatten(1, (self.count, self.size)).transpose(2, 3).transpose(0, 1).contiguous()
@@ -44,26 +43,19 @@ class Chunks:
         x = x.transpose(0, 1).transpose(2, 3).flatten(1, 2)
         if self.slots is None:
             return x[:, : self.length]
-        return x.gather(1, _along(self.slots, x)) if self.slots.dim() == 2 else x.index_select(1, self.slots)
+        return x.flatten(0, 1).index_select(0, self.slots).unflatten(0, (x.shape[0], self.length))
 
     def finals(self, after: Tensor, before: Tensor) -> Tensor:
         """Of the states [M, ...] after each chunk those [N, ...] after each packed sequence; an empty one leaves its
         initial state `before` as it was."""
-        assert self.last is not None and self.empty is not None
         last = after.index_select(0, self.last)
         return torch.where(self.empty.view(-1, *[1] * (last.dim() - 1)), before, last)
-
-
-def _along(slots: Tensor, x: Tensor) -> Tensor:  # [B, T] as an index into x [B, ., ...] along axis 1
-    return slots.view(*slots.shape, *[1] * (x.dim() - 2)).expand(*slots.shape, *x.shape[2:])
 
 
 def layout(length: int, cu_seqlens: Tensor | None, size: int = CHUNK) -> Chunks:
     """Chunks of `size` tokens, fewer when the call is shorter; boundaries count from the start of each sequence."""
     size = min(size, 1 << max(length - 1, 0).bit_length())
-    if cu_seqlens is not None:
-        return packed(length, cu_seqlens, size)
-    return Chunks(length, size, -(-length // size))
+    return Chunks(length, size, -(-length // size)) if cu_seqlens is None else packed(length, cu_seqlens, size)
 
 
 def packed(length: int, cu_seqlens: Tensor, size: int, offset: Tensor | None = None) -> Chunks:

@@ -4,8 +4,6 @@ An op's `forward` allocates its results and launches kernels through `launch.sta
 says the shapes of its results, so nothing has to describe them a second time.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -25,32 +23,29 @@ def differentiable(
 
     Args:
         arguments: its schema, as in "Tensor q, Tensor? decay, float scale".
-        results: number of tensors that `forward(*arguments)` returns; results that there are not are empty tensors.
+        results: number of results that `forward(*arguments)` returns, each a tensor, or None where there is none:
+            `backward` and the caller then get an empty tensor in its place.
         backward: called with a dictionary of the arguments, the results, and their gradients (None where nothing
             arrived); returns the gradients of arguments by name. What it leaves out has none.
         forgets: tensor arguments that `backward` does not read; they are None there.
     """
-    fields = [(kind, label) for kind, label in (part.split() for part in arguments.split(","))]
+    fields = [part.split() for part in arguments.split(",")]
     labels = [label for _, label in fields]
     tensors = [label for kind, label in fields if kind.startswith("Tensor") and label != "cu_seqlens"]
-    schema = f"({arguments}) -> ({', '.join(['Tensor'] * results)})"
-    run = torch.library.custom_op(f"zoo::{name}", _on_device(forward), mutates_args=(), schema=schema)
-    run.register_fake(_dry(forward))
+    run = register(name, f"({arguments}) -> ({', '.join(['Tensor'] * results)})", forward)
 
-    def gradients(*values: Any) -> list[Tensor]:
+    def gradients(*values: Any) -> list[Tensor | None]:
         *given, outputs, grads = values
         found = backward(dict(zip(labels, given, strict=True)), outputs, grads)
-        return [outputs[0].new_empty(0) if (grad := found.get(label)) is None else grad for label in tensors]
+        return [found.get(label) for label in tensors]
 
     optional = ", ".join(f"{'Tensor?' if kind == 'Tensor' else kind} {label}" for kind, label in fields)
-    schema = f"({optional}, Tensor[] results, Tensor?[] grads) -> Tensor[]"
-    back = torch.library.custom_op(f"zoo::{name}_backward", _on_device(gradients), mutates_args=(), schema=schema)
-    back.register_fake(_dry(gradients))
+    back = register(f"{name}_backward", f"({optional}, Tensor[] results, Tensor?[] grads) -> Tensor[]", gradients)
 
     def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         kept = [None if label in forgets else x for x, label in zip(inputs, labels, strict=True)]
         ctx.set_materialize_grads(False)
-        ctx.count, ctx.others = len(inputs), [x for x in kept if not isinstance(x, Tensor)]
+        ctx.others = [x for x in kept if not isinstance(x, Tensor)]
         ctx.places = [isinstance(x, Tensor) for x in kept]
         ctx.save_for_backward(*(x for x in kept if isinstance(x, Tensor)), *output)
 
@@ -65,29 +60,27 @@ def differentiable(
     return run
 
 
-def in_place(name: str, arguments: str, function: Function) -> Function:
-    """The op zoo::`name` that returns one tensor and overwrites the arguments marked `Tensor(a!)`; no gradient."""
-    changed = [part.split()[1] for part in arguments.split(",") if "!" in part]
-    schema = f"({arguments}) -> Tensor"
-    run = torch.library.custom_op(f"zoo::{name}", _on_device(function), mutates_args=changed, schema=schema)
-    run.register_fake(_dry(function))
-    return run
+def register(name: str, schema: str, function: Function, changed: Sequence[str] = ()) -> Any:
+    """The op zoo::`name`(schema), without a gradient, that overwrites the arguments `changed`."""
 
+    def filled(*args: Any) -> Any:
+        found, x = function(*args), _first(args)
+        return found if isinstance(found, Tensor) else type(found)(x.new_empty(0) if y is None else y for y in found)
 
-def _dry(function: Function) -> Function:
-    def run(*args: Any) -> Any:
-        with launch.held_back():
-            return function(*args)
-
-    return run
-
-
-def _on_device(function: Function) -> Function:
-    """Triton launches on the current device, which need not be that of the tensors."""
-
-    def run(*args: Any) -> Any:
-        x = next(x for x in args if isinstance(x, Tensor))
+    def on_device(*args: Any) -> Any:
+        """Triton launches on the current device, which need not be that of the tensors."""
+        x = _first(args)
         with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
-            return function(*args)
+            return filled(*args)
 
+    def dry(*args: Any) -> Any:
+        with launch.held_back():
+            return filled(*args)
+
+    run = torch.library.custom_op(f"zoo::{name}", on_device, mutates_args=changed, schema=schema)
+    run.register_fake(dry)
     return run
+
+
+def _first(args: Sequence[Any]) -> Tensor:
+    return next(x for x in args if isinstance(x, Tensor))

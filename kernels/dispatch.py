@@ -23,6 +23,7 @@ import pkgutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -44,8 +45,7 @@ class Backend:
 
 def load(package: str) -> dict[str, Backend]:
     """The backends of an op's package, fastest first. Called once, by the package itself."""
-    found = (name for name in FASTEST_FIRST if importlib.util.find_spec(f"{package}.{name}"))
-    return {name: _load(package, name) for name in found}
+    return {name: _load(package, name) for name in FASTEST_FIRST if importlib.util.find_spec(f"{package}.{name}")}
 
 
 def _load(package: str, name: str) -> Backend:
@@ -57,14 +57,12 @@ def _load(package: str, name: str) -> Backend:
 
 def ops() -> list[str]:
     """Names of all ops: every package beside this file is one."""
-    path = importlib.import_module(__name__.rpartition(".")[0]).__path__
-    return sorted(entry.name for entry in pkgutil.iter_modules(path) if entry.ispkg)
+    return sorted(entry.name for entry in pkgutil.iter_modules([str(Path(__file__).parent)]) if entry.ispkg)
 
 
 def backends(op: str) -> dict[str, Backend]:
     """The backends of the op called `op`, fastest first."""
-    package = importlib.import_module(f"{__name__.rpartition('.')[0]}.{op}")
-    found: dict[str, Backend] = package.BACKENDS
+    found: dict[str, Backend] = importlib.import_module(f"zoo.kernels.{op}").BACKENDS
     return found
 
 
@@ -87,20 +85,16 @@ def pinned() -> str | None:
 
 def select(candidates: Mapping[str, Backend], backend: str | None, args: tuple[Any, ...]) -> Backend:
     """The backend that runs this call. Raises ValueError when the pinned one, or every one, cannot."""
-    name = backend or pinned()
-    if name is not None:
-        if name not in candidates:
-            raise ValueError(f"backend is {name!r}; this op has {', '.join(candidates)}")
-        reason = candidates[name].supports(*args)
-        if reason is not None:
-            raise ValueError(f"backend {name!r} cannot run this call: {reason}; unpin it to let another one run")
-        return candidates[name]
-    reasons = []
-    for candidate in candidates.values():
+    name, reasons = backend or pinned(), []
+    if name is not None and name not in candidates:
+        raise ValueError(f"backend is {name!r}; this op has {', '.join(candidates)}")
+    for candidate in candidates.values() if name is None else [candidates[name]]:
         reason = candidate.supports(*args)
         if reason is None:
             return candidate
         reasons.append(f"{candidate.name}: {reason}")
+    if name is not None:
+        raise ValueError(f"backend {name!r} cannot run this call: {reason}; unpin it to let another one run")
     raise ValueError(f"no backend can run this call ({'; '.join(reasons)})")
 
 

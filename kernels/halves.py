@@ -11,17 +11,15 @@ from torch import Tensor
 from zoo.kernels.decays import below, doubled, pairs
 
 
-def decayed_sum(keep: Tensor, x: Tensor, dim: int) -> Tensor:
+def decayed_sum(keep: Tensor, x: Tensor, dim: int) -> Any:
     """h_i = keep_i h_{i-1} + x_i with h before the first token zero; real or complex. Only products of `keep` occur,
     so that factors of at most 1 neither overflow nor divide by what has vanished."""
-    h: Tensor = _Sum.apply(keep, x, dim, False)
-    return h
+    return _Sum.apply(keep, x, dim, False)
 
 
 def decayed_max(decay: Tensor, x: Tensor, dim: int) -> Tensor:
-    """m_i = max(m_{i-1} + decay_i, x_i) with m before the first token minus infinity."""
-    m: Tensor = _Max.apply(decay, x, dim)
-    return m
+    """m_i = max(m_{i-1} + decay_i, x_i) with m before the first token minus infinity; no gradient."""
+    return _scan(decay, x, dim, False, torch.Tensor.add_, lambda m, *x: m.copy_(torch.maximum(m, x[0] + x[1])))
 
 
 class _Sum(torch.autograd.Function):
@@ -44,27 +42,6 @@ class _Sum(torch.autograd.Function):
         return d_x * _shift(h, ctx.dim, step).conj(), d_x, None, None
 
 
-class _Max(torch.autograd.Function):
-    """The gradient goes to where the maximum came from, half and half at a tie, as torch.maximum has it."""
-
-    @staticmethod
-    def forward(decay: Tensor, x: Tensor, dim: int) -> Tensor:
-        return _scan(decay, x, dim, False, torch.Tensor.add_, lambda m, *x: m.copy_(torch.maximum(m, x[0] + x[1])))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        decay, x, ctx.dim = inputs
-        ctx.save_for_backward(decay, x, output)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        decay, x, m = ctx.saved_tensors
-        before = _shift(m, ctx.dim, 1, -torch.inf) + decay
-        kept = ((before > x).to(x.dtype) + (before >= x).to(x.dtype)) / 2
-        d_m = decayed_sum(_shift(kept, ctx.dim, -1).flip(ctx.dim), grad.flip(ctx.dim), ctx.dim).flip(ctx.dim)
-        return d_m * kept, d_m * (1 - kept), None
-
-
 def _scan(keep: Tensor, x: Tensor, dim: int, reverse: bool, join: Any, carry: Any) -> Tensor:
     """Blocks of 1, 2, 4, ..: the half that comes later takes up the last result of the half before it."""
     h, since = x.clone(), keep.clone()
@@ -79,9 +56,9 @@ def _scan(keep: Tensor, x: Tensor, dim: int, reverse: bool, join: Any, carry: An
     return h
 
 
-def _shift(x: Tensor, dim: int, step: int, fill: float = 0.0) -> Tensor:
-    """x moved one place along `dim`, later for step 1 and earlier for -1."""
-    edge = torch.full_like(x.narrow(dim, 0, 1), fill)
+def _shift(x: Tensor, dim: int, step: int) -> Tensor:
+    """x moved one place along `dim`, later for step 1 and earlier for -1, with a zero in the free place."""
+    edge = torch.zeros_like(x.narrow(dim, 0, 1))
     rest = x.narrow(dim, 0 if step > 0 else 1, x.shape[dim] - 1)
     return torch.cat([edge, rest] if step > 0 else [rest, edge], dim)
 
@@ -108,7 +85,6 @@ class _Inverse(torch.autograd.Function):
         return -(inverse.mT @ grad @ inverse.mT).tril(-1)
 
 
-def unit_lower_inverse(lower: Tensor) -> Tensor:
+def unit_lower_inverse(lower: Tensor) -> Any:
     """(I + lower)^-1 for strictly lower triangular `lower` [..., C, C], C a power of two."""
-    inverse: Tensor = _Inverse.apply(lower)
-    return inverse
+    return _Inverse.apply(lower)

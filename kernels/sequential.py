@@ -52,7 +52,7 @@ def each_chunk(chunks: Chunks, run: Run, initial: State, parts: Sequence[Any]) -
     split = [x.unbind(0) if isinstance(x, Tensor) else x for x in parts]
     outputs, states = [], []
     for m in range(chunks.count):
-        if chunks.sequence is not None and chunks.first is not None:
+        if chunks.sequence is not None:
             begins = (x.index_select(0, chunks.sequence[m : m + 1]) for x in initial)
             state = tuple(torch.where(chunks.first[m], x, s) for s, x in zip(state, begins, strict=True))
         o, state = run(state, *(None if x is None else x[m] for x in split))
@@ -70,13 +70,13 @@ def carry(
     """S = keep * S + update from chunk to chunk, or with `matrix` S = keep @ S + update, where keep is [M, B, Hv, K, K]
     (else it broadcasts): the states that enter each chunk, and the final state of each sequence [N, Hv, K, V]."""
     zero = torch.zeros_like(update[0])
-    if chunks.sequence is None or chunks.first is None:
-        zero = zero if initial_state is None else initial_state
-        entering, after = _Carry.apply(keep, update, zero, None, None, matrix)
+    initial = zero if initial_state is None else initial_state
+    if chunks.sequence is None:
+        entering, after = _Carry.apply(keep, update, initial, None, None, matrix)
         return entering, after[-1]
     begin = None if initial_state is None else initial_state.index_select(0, chunks.sequence).unsqueeze(1)
     entering, after = _Carry.apply(keep, update, zero, begin, chunks.first, matrix)
-    return entering, chunks.finals(after[:, 0], zero if initial_state is None else initial_state)
+    return entering, chunks.finals(after[:, 0], initial)
 
 
 class _Carry(torch.autograd.Function):

@@ -35,7 +35,8 @@ def by_run(run: Callable[..., Any], *args: Any) -> Tensor:
 
 def in_place(name: str, arguments: str, function: Callable[..., Any], *, tree: bool = False) -> Callable[..., Tensor]:
     """The op zoo::`name`(`arguments`, state) that overwrites its state, a tensor or a list of them."""
-    through = custom.in_place(name, f"{arguments}, Tensor(a!){'[]' if tree else ''} state", function)
+    schema = f"({arguments}, Tensor(a!){'[]' if tree else ''} state) -> Tensor"
+    through = custom.register(name, schema, function, ["state"])
 
     @torch.no_grad()
     def step(*args: Any) -> Tensor:

@@ -4,8 +4,6 @@ Few channels alone do not fill a device, so long sequences are cut into segments
 does to any state, the second starts every segment from what those before it did. Cuts depend on T and D only.
 """
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import torch

@@ -5,8 +5,6 @@
 Shapes: B batch, Tq queries, Tk keys, H query heads, Hk key heads (H a multiple of Hk), K and V head widths.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -74,7 +72,7 @@ def _best(call: Call) -> str | None:
 def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     checks.check_float("q", q)
     for name, x, dims in (("q", q, "B Tq H K"), ("k", k, "B Tk Hk K"), ("v", v, "B Tk Hk V")):
-        checks.check_dims(name, x, dims)
+        checks.check_shape(name, x, None, dims)
         checks.check_like(name, x, q, q.dtype)
     checks.check_shape("k", k, (q.shape[0], *k.shape[1:3], q.shape[3]), "B Tk Hk K")
     checks.check_shape("v", v, (*k.shape[:3], v.shape[3]), "B Tk Hk V")
@@ -97,14 +95,14 @@ def _check_options(call: Call) -> None:
     checks.check_gate("sink_logits", call.sink_logits, q, (q.shape[2],), "H")
     checks.check_cu_seqlens(call.cu_seqlens, k)
     for name, x, like in (("q_positions", call.q_positions, q), ("k_positions", call.k_positions, k)):
+        b, t = like.shape[:2]
         if x is not None:
             checks.check_tensor(name, x)
-            if tuple(x.shape) not in (like.shape[1:2], like.shape[:2]):
-                b, t = like.shape[:2]
+            if tuple(x.shape) not in ((t,), (b, t)):
                 raise ValueError(f"{name} has shape {list(x.shape)}; it must be [T] = [{t}] or [B, T] = [{b}, {t}]")
             if x.dtype not in (torch.int32, torch.int64):
                 raise ValueError(f"{name} has dtype {x.dtype}; it must be torch.int32 or torch.int64")
-            checks.check_like(name, x, like, x.dtype)
+            checks.check_like(name, x, q, x.dtype)
     if call.cu_seqlens is not None and q.shape[1] != k.shape[1]:
         raise ValueError(f"q has {q.shape[1]} tokens and k {k.shape[1]}; with cu_seqlens both must have the same")
     if call.cu_seqlens is None and 0 in (q.shape[1], k.shape[1]):

@@ -1,7 +1,5 @@
 """Attention in torch: scaled_dot_product_attention where it needs no mask tensor, blocks of queries otherwise."""
 
-from __future__ import annotations
-
 import torch.nn.functional as F
 from torch import Tensor
 

@@ -3,8 +3,6 @@
 Shapes: B batch, Tq queries, Tk keys, H query heads, Hk key heads, K and V head widths.
 """
 
-from __future__ import annotations
-
 import operator
 from dataclasses import dataclass
 from functools import reduce

@@ -6,8 +6,6 @@
 Shapes: B batch, Tq queries, Tk keys, H query heads, Hk key heads, K and V head widths.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
@@ -24,10 +22,8 @@ def attend(call: Call, block: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     groups = call.q.shape[2] // call.k.shape[2]
     q, k, v = (x.to(dtype).transpose(1, 2) for x in (call.q, call.k, call.v))
     k, v = (x.repeat_interleave(groups, 1) if groups > 1 else x for x in (k, v))
-    outputs, norms = (
-        [v.new_zeros(*q.shape[:2], 0, v.shape[3])],
-        [q.new_zeros(*q.shape[:2], 0, dtype=state_dtype(dtype))],
-    )
+    outputs = [v.new_zeros(*q.shape[:2], 0, v.shape[3])]
+    norms = [q.new_zeros(*q.shape[:2], 0, dtype=state_dtype(dtype))]
     with torch.autocast(q.device.type, enabled=False):
         for begin in range(0, q.shape[2], max(block, 1)):
             queries = slice(begin, min(begin + block, q.shape[2]))

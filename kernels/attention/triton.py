@@ -4,8 +4,6 @@ triton_kernels.
 Shapes: B batch, Tq queries, Tk keys, H query heads, Hk key heads, K and V head widths.
 """
 
-from __future__ import annotations
-
 import importlib
 from typing import Any
 

@@ -32,11 +32,6 @@ def floor_div(x, y):
 
 
 @triton.jit
-def same_residue(x, y, divisor):
-    return x - floor_div(x, divisor) * divisor == y - floor_div(y, divisor) * divisor
-
-
-@triton.jit
 def visible(pq, pk, mask, CAUSAL: tl.constexpr):
     """What `Mask.visible` says of positions that broadcast."""
     window, sinks, chunk, stride, dilation = mask
@@ -49,12 +44,10 @@ def visible(pq, pk, mask, CAUSAL: tl.constexpr):
     if chunk is not None:
         near = near & (floor_div(pq, chunk) == floor_div(pk, chunk))
     if dilation is not None:
-        near = near & same_residue(pq, pk, dilation)
+        near = near & ((pq - pk) % dilation == 0)
     if stride is not None:
-        if window is None and chunk is None and dilation is None:
-            near = same_residue(pq, pk, stride)
-        else:
-            near = near | same_residue(pq, pk, stride)
+        strided = (pq - pk) % stride == 0
+        near = strided if window is None and chunk is None and dilation is None else near | strided
     if sinks is not None:
         near = near | (pk < sinks)
     return seen & near

@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def"
-"""Triton kernels of the delta rule: two launches forward, two backward.
+"""Triton kernels of the delta rule: two launches forward, two backward; where sequences are cut, two more each way.
 
 Inside a chunk, with b the running sum of its log decays, N_ij = exp(b_i - b_j) (k_i . k_j) for j < i and
 P_ij = scale exp(b_i - b_j) (q_i . k_j) for j <= i, the writes are u = T r with
@@ -23,7 +23,9 @@ transposed product is needed, it goes through memory.
 
 Shapes: B batch, T tokens, H key heads, HV value heads, C tokens of a chunk; e [B, T, HV, K]; at (A transposed) and zt
 (Z transposed) [B, T, HV, C]; y [B, T, HV, V]; entering and leaving [chunks, HV, V, K], transposed states before each
-chunk and gradients of those after it; factors [chunks, HV, 4, C, 2]; sums [chunks, HV, C]; pairs [B, T, HV, 2 C]; dv
+chunk and gradients of those after it; crossing [borders, HV, V + K, K], transposed states between segments
+and transitions of segments (backward [borders, HV, V, K], gradients); factors [chunks, HV, 4, C, 2];
+sums [chunks, HV, C]; pairs [B, T, HV, 2 C]; dv
 holds dR_j / |k_j| until `gradients` scales it. The scans keep the state transposed: it and r enter their products as
 left operands, straight from registers. Keys and queries enter products unrounded: factors scale rows and columns, and
 that of a k_j that writes is moved into r_j: e, at, zt and beta stand for e_j / |k_j|, ..., beta_j |k_j|.
@@ -35,7 +37,7 @@ import triton.language as tl
 from zoo.kernels import tiles
 
 # Numbers that change from call to call would multiply the compilations; from those of heads come addresses.
-SIZES = ["length", "chunks", "tile_count"]
+SIZES = ["length", "chunks", "tile_count", "segment", "segments"]
 # `factors`, where |x| is the factor that normalises x: scale exp(b) |q|, exp(b), exp(b) |k|, beta |k|, |q|, |k|,
 # exp(b_C - b), beta exp(b) |k|^2.
 QUERY_READ, FROM_START, KEY_READ, WRITTEN, QUERY_NORM, KEY_NORM, TO_END, ERASED = (tl.constexpr(i) for i in range(8))
@@ -116,7 +118,7 @@ def _merge_blocks(z, n, beta, SIZE: tl.constexpr, C: tl.constexpr, PRECISION: tl
     return tl.dot(_nearest(middle, PRECISION), right, acc=z + middle, input_precision=PRECISION)
 
 
-@triton.jit(do_not_specialize=SIZES[:-1])
+@triton.jit(do_not_specialize=SIZES[:2])
 def prepare(
     q, k, beta, decay, e, at, zt, factors, sums, starts, counts, length, chunks, scale,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, DT: tl.constexpr,
@@ -173,83 +175,165 @@ def prepare(
     tiles.store_rows(e + head * K, writes, row, count, HV * K, 0, K, C, BK)
 
 
+@triton.jit
+def _segment(
+    length, chunks, cu_seqlens, first_chunk, tile_count, segment, segments, HV: tl.constexpr, C: tl.constexpr,
+    PACKED: tl.constexpr,
+):  # fmt: skip
+    """Tile, value head, sequence and segment of a program; the last segment of the sequence; first row, tokens and
+    first chunk of the segment."""
+    tile, n = tl.program_id(0) % tile_count, tl.program_id(0) // tile_count
+    head, n = n % HV, n // HV
+    s, n = n % segments, n // segments
+    row, size, chunk = tiles.sequence_rows(n, length, chunks, cu_seqlens, first_chunk, PACKED)
+    last = tl.maximum(tl.cdiv(size, segment), 1) - 1
+    size = tl.maximum(tl.minimum(size - s * segment, segment), 0)
+    return tile, head, n, s, last, row + s * segment, size, chunk + s * segment // C
+
+
+@triton.jit
+def _store_state(x, state, row, count, K: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr):
+    """In halves: the way from a product to memory takes room for them that the loads of a scan want."""
+    left, right = tl.split(tl.trans(tl.reshape(state, [BV, 2, BK // 2]), (0, 2, 1)))
+    tiles.store_rows(x, left, row, count, K, 0, K, BV, BK // 2)
+    tiles.store_rows(x, right, row, count, K, BK // 2, K, BV, BK // 2)
+
+
 @triton.jit(do_not_specialize=SIZES)
 def scan(
-    q, k, v, e, at, zt, factors, y, entering, initial, final, o, cu_seqlens, first_chunk, length, chunks, tile_count,
-    scale, H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
-    BV: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr, DECAY: tl.constexpr,
-    STAGES: tl.constexpr, INITIAL: tl.constexpr, KEEP: tl.constexpr,
+    crossing, q, k, v, e, at, zt, factors, y, entering, initial, final, o, cu_seqlens, first_chunk, length, chunks,
+    tile_count, segment, segments, scale, H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
+    PACKED: tl.constexpr, DECAY: tl.constexpr, STAGES: tl.constexpr, INITIAL: tl.constexpr, KEEP: tl.constexpr,
+    LEAN: tl.constexpr,
 ):  # fmt: skip
-    """The state from chunk to chunk, in registers, and all outputs; one program per sequence, value head and tile of
-    V. Everything is transposed: state [BV, BK], tokens [BV, C]."""
-    column = (tl.program_id(0) % tile_count) * BV
-    n, head = tl.program_id(0) // tile_count // HV, tl.program_id(0) // tile_count % HV
-    key_head = head // (HV // H)
-    begin, size, chunk = tiles.sequence_rows(n, length, chunks, cu_seqlens, first_chunk, PACKED)
-    state_number = n.to(tl.int64) * HV + head
+    """The state from chunk to chunk, in registers, and all outputs; one program per sequence, segment, value head and
+    tile of V. Everything is transposed: state [BV, BK], tokens [BV, C]. LEAN: no outputs; each segment but the last
+    ones starts from nothing, and further tiles, without values, from the identity: what `carry` puts together."""
+    tile, head, n, s, last, begin, size, chunk = _segment(
+        length, chunks, cu_seqlens, first_chunk, tile_count, segment, segments, HV, C, PACKED
+    )
+    key_head, column = head // (HV // H), tile * BV
+    state_number, border = n.to(tl.int64) * HV + head, begin // segment * HV + head
     state = tl.zeros([BV, BK], tl.float32)
-    if INITIAL:
+    if INITIAL and s == 0:
         state = tl.trans(tiles.load_state(initial, state_number, 1, column, K, V, BK, BV))
+    turned = column - (V + BV - 1) // BV * BV  # the first row of the transition, or below zero
+    if LEAN:
+        rows = turned + tl.arange(0, BV)
+        state += tl.where(rows[:, None] == tl.arange(0, BK)[None, :], 1.0, 0.0)
+        size = tl.where((s < last) & ((turned < 0) | (s > 0)), size, 0)
+    elif crossing is not None and (s > 0) & (s <= last):
+        place = (border - HV) * (V + K) + column
+        state = tiles.load_rows(crossing, place, V - column, K, 0, K, BV, BK)
+    valued = tl.where(turned < 0, size, 0) if LEAN else size
+    values = tiles.load_rows(v + head * V, begin, valued, HV * V, column, V, C, BV)
     for i in tl.range(0, tl.cdiv(size, C), num_stages=STAGES):
         offset = tiles.chunk_offset(i, size, C)
         row, count = begin + offset, tl.minimum(size - offset, C)
         number = (chunk + offset // C).to(tl.int64) * HV + head
         low = state.to(DT)
-        if KEEP:
-            tiles.store_rows(entering, low, number * V + column, V - column, K, 0, K, BV, BK)
-        queries = tiles.load_rows(q + key_head * K, row, count, H * K, 0, K, C, BK).to(DT)
-        result = tl.dot(low, tl.trans(queries), input_precision=PRECISION)
-        query_read, _ = _two_factors(factors, number, QUERY_READ, C)
-        result *= query_read[None, :]
         keys = tiles.load_rows(k + key_head * K, row, count, H * K, 0, K, C, BK).to(DT)
         known = tl.dot(low, tl.trans(keys), input_precision=PRECISION)
         key_read, written = _two_factors(factors, number, KEY_READ, C)
-        values = tiles.load_rows(v + head * V, row, count, HV * V, column, V, C, BV)
         x = tl.trans(values).to(tl.float32) - known * key_read[None, :]
         right = (x * written[None, :]).to(DT)
-        reads = tiles.load_rows(at + head * C, row, count, HV * C, 0, C, C, C).to(DT)
-        result = tl.dot(right, reads, acc=result, input_precision=PRECISION)
-        tiles.store_rows(o + head * V, tl.trans(result), row, count, HV * V, column, V, C, BV)
-        if KEEP:
+        values = tiles.load_rows(v + head * V, row + C, valued - offset - C, HV * V, column, V, C, BV)
+        if KEEP and not LEAN:
             solved = tiles.load_rows(zt + head * C, row, count, HV * C, 0, C, C, C).to(DT)
             error = tl.dot(right, solved, acc=x, input_precision=PRECISION)
             tiles.store_rows(y + head * V, tl.trans(error), row, count, HV * V, column, V, C, BV)
+            _store_state(entering, low, number * V + column, V - column, K, BV, BK)
         writes = tiles.load_rows(e + head * K, row, count, HV * K, 0, K, C, BK).to(DT)
         if DECAY:
             state *= _total(factors, number, C)
         state = tl.dot(right, writes, acc=state, input_precision=PRECISION)
-    tiles.store_state(final, tl.trans(state), state_number, column, K, V, BK, BV)
+        if not LEAN:
+            queries = tiles.load_rows(q + key_head * K, row, count, H * K, 0, K, C, BK).to(DT)
+            result = tl.dot(low, tl.trans(queries), input_precision=PRECISION)
+            query_read, _ = _two_factors(factors, number, QUERY_READ, C)
+            result *= query_read[None, :]
+            reads = tiles.load_rows(at + head * C, row, count, HV * C, 0, C, C, C).to(DT)
+            result = tl.dot(right, reads, acc=result, input_precision=PRECISION)
+            tiles.store_rows(o + head * V, tl.trans(result), row, count, HV * V, column, V, C, BV)
+    if LEAN:
+        place = border * (V + K) + tl.where(turned < 0, column, V + turned)
+        width = tl.where(turned < 0, V - column, K - turned)
+        tiles.store_rows(crossing, state, place, tl.where(size > 0, width, 0), K, 0, K, BV, BK)
+    elif s == last:
+        tiles.store_state(final, tl.trans(state), state_number, column, K, V, BK, BV)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def carry(
+    states, crossing, cu_seqlens, first_chunk, length, chunks, tile_count, segment, segments, HV: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BN: tl.constexpr,
+    PRECISION: tl.constexpr, PACKED: tl.constexpr, REVERSE: tl.constexpr,
+):  # fmt: skip
+    """From the states that segments leave when they start from nothing, in place, to those that they leave; REVERSE:
+    likewise gradients, backward. One program per sequence, value head and tile of V, which owns its rows."""
+    tile, head, n, s, last, begin, _, _ = _segment(
+        length, chunks, cu_seqlens, first_chunk, tile_count, segment, 1, HV, C, PACKED
+    )
+    row, border = tile * BV, begin // segment
+    ROWS: tl.constexpr = V if REVERSE else V + K
+    N: tl.constexpr = min(BN, BK)
+    number = (border + tl.where(REVERSE, last - 1, 0)) * HV + head
+    state = tiles.load_rows(states, number * ROWS + row, V - row if last > 1 else 0, K, 0, K, BV, BK)
+    for i in range(1, last):
+        step = border + (last - i if REVERSE else i)
+        turn = (step * HV + head) * (V + K) + V
+        place = ((step - 1 if REVERSE else step) * HV + head) * ROWS + row
+        for column in tl.static_range(0, BK, N):
+            own = tiles.load_rows(states, place, V - row, K, column, K, BV, N)
+            if REVERSE:
+                by = tl.trans(_nearest(tiles.load_rows(crossing, turn + column, K - column, K, 0, K, N, BK), PRECISION))
+            else:
+                by = _nearest(tiles.load_rows(crossing, turn, K, K, column, K, BK, N), PRECISION)
+            own = tl.dot(_nearest(state, PRECISION), by, acc=own, input_precision=PRECISION)
+            tiles.store_rows(states, own, place, V - row, K, column, K, BV, N)
+        if N < BK:
+            tl.debug_barrier()  # every thread reads what others stored
+            state = tiles.load_rows(states, place, V - row, K, 0, K, BV, BK)
+        else:
+            state = own
 
 
 @triton.jit(do_not_specialize=SIZES)
 def scan_backward(
-    q, k, e, at, factors, do, dv, leaving, dfinal, dinitial, cu_seqlens, first_chunk, length, chunks, tile_count,
-    scale, H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
-    BV: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr, DECAY: tl.constexpr,
-    STAGES: tl.constexpr, INITIAL: tl.constexpr, FINAL: tl.constexpr,
+    crossing, q, k, e, at, factors, do, dv, leaving, dfinal, dinitial, cu_seqlens, first_chunk, length, chunks,
+    tile_count, segment, segments, scale, H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
+    PACKED: tl.constexpr, DECAY: tl.constexpr, STAGES: tl.constexpr, INITIAL: tl.constexpr, FINAL: tl.constexpr,
+    LEAN: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of the state, last chunk first; one program per sequence, value head and tile of V. Transposed as
-    in `scan`."""
-    column = (tl.program_id(0) % tile_count) * BV
-    n, head = tl.program_id(0) // tile_count // HV, tl.program_id(0) // tile_count % HV
-    key_head = head // (HV // H)
-    begin, size, chunk = tiles.sequence_rows(n, length, chunks, cu_seqlens, first_chunk, PACKED)
-    state_number = n.to(tl.int64) * HV + head
+    """The gradient of the state, last chunk first; programs, layout and LEAN as in `scan`."""
+    tile, head, n, s, last, begin, size, chunk = _segment(
+        length, chunks, cu_seqlens, first_chunk, tile_count, segment, segments, HV, C, PACKED
+    )
+    key_head, column = head // (HV // H), tile * BV
+    state_number, border = n.to(tl.int64) * HV + head, begin // segment * HV + head
     d_state = tl.zeros([BV, BK], tl.float32)
-    if FINAL:
+    if FINAL and s == last:
         d_state = tl.trans(tiles.load_state(dfinal, state_number, 1, column, K, V, BK, BV))
+    if LEAN:
+        size = tl.where(s > 0, size, 0)
+    elif crossing is not None and s < last:
+        d_state = tiles.load_rows(crossing, border * V + column, V - column, K, 0, K, BV, BK)
     for i in tl.range(0, tl.cdiv(size, C), num_stages=STAGES):
         offset = tiles.chunk_offset(tl.cdiv(size, C) - 1 - i, size, C)
         row, count = begin + offset, tl.minimum(size - offset, C)
         number = (chunk + offset // C).to(tl.int64) * HV + head
         low = d_state.to(DT)
-        tiles.store_rows(leaving, low, number * V + column, V - column, K, 0, K, BV, BK)
+        if not LEAN:
+            _store_state(leaving, low, number * V + column, V - column, K, BV, BK)
         writes = tiles.load_rows(e + head * K, row, count, HV * K, 0, K, C, BK).to(DT)
         d_right = tl.dot(low, tl.trans(writes), input_precision=PRECISION)
         grad = tl.trans(tiles.load_rows(do + head * V, row, count, HV * V, column, V, C, BV))
         reads = tiles.load_rows(at + head * C, row, count, HV * C, 0, C, C, C).to(DT)
         d_right = tl.dot(grad.to(DT), tl.trans(reads), acc=d_right, input_precision=PRECISION)
-        tiles.store_rows(dv + head * V, tl.trans(d_right), row, count, HV * V, column, V, C, BV)
+        if not LEAN:
+            tiles.store_rows(dv + head * V, tl.trans(d_right), row, count, HV * V, column, V, C, BV)
         if DECAY:
             d_state *= _total(factors, number, C)
         keys = tiles.load_rows(k + key_head * K, row, count, H * K, 0, K, C, BK).to(DT)
@@ -260,11 +344,14 @@ def scan_backward(
         query_read, _ = _two_factors(factors, number, QUERY_READ, C)
         d_read = (grad.to(tl.float32) * query_read[None, :]).to(DT)
         d_state = tl.dot(d_read, queries, acc=d_state, input_precision=PRECISION)
-    if INITIAL:
+    if LEAN:
+        width = tl.where(size > 0, V - column, 0)
+        tiles.store_rows(crossing, d_state, (border - HV) * V + column, width, K, 0, K, BV, BK)
+    elif INITIAL and s == 0:
         tiles.store_state(dinitial, tl.trans(d_state), state_number, column, K, V, BK, BV)
 
 
-@triton.jit(do_not_specialize=SIZES[:-1])
+@triton.jit(do_not_specialize=SIZES[:2])
 def gradients(
     q, k, factors, sums, y, entering, leaving, do, dq, dk, dv, dbeta, ddecay, pairs, starts, counts, length, chunks,
     scale, H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,

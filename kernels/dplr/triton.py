@@ -14,6 +14,9 @@ from torch import Tensor
 
 from zoo.kernels import custom, launch
 
+FORWARD, BACKWARD = "dplr.triton_forward", "dplr.triton_backward"
+# Up to that decay of a chunk its scores are products of factors at most exp(MILD / 2); digits set the limit of fp32.
+MILD = {torch.bfloat16: 80.0, torch.float32: 4.0}
 PER_CHUNK = ("prepare", "pairs", "gradients")
 
 
@@ -22,24 +25,12 @@ def supports(q: Tensor, k: Tensor, v: Tensor, *rest: object) -> str | None:
         return "its kernels compute in fp32 and the inputs are fp64"
     if q.shape[3] > 256 or v.shape[3] > 512:
         return f"it takes K up to 256 and V up to 512, and they are {q.shape[3]} and {v.shape[3]}"
-    if q.is_cuda and q.dtype == torch.bfloat16 and torch.is_grad_enabled():
-        return "its bf16 gradients were wrong on an H200 before their last change and have not been checked there since"
     return launch.device_reason(q)
 
 
-def run(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    a: Tensor,
-    b: Tensor,
-    decay: Tensor | None,
-    scale: float,
-    initial_state: Tensor | None,
-    output_final_state: bool,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor | None]:
-    return call(q, k, v, a, b, None, decay, False, scale, initial_state, output_final_state, cu_seqlens)
+def run(*args: Any) -> tuple[Tensor, Tensor | None]:
+    q, k, v, a, b, decay, *rest = args
+    return call(q, k, v, a, b, None, decay, False, *rest)
 
 
 def call(*args: Any) -> tuple[Tensor, Tensor | None]:
@@ -55,6 +46,13 @@ def chunk_size(dtype: torch.dtype, width: int) -> int:
     return 64 if dtype == torch.bfloat16 and launch.power(width) <= 128 else 32
 
 
+def segment_size(length: int, heads: int, width: int) -> int:
+    """Tokens that one program walks through: long sequences are cut so that a batch of one fills a GPU."""
+    programs = heads * -(-width // 64)
+    count = min(256 // programs, length // max(512, 64 * programs)) if length > 2048 else 1
+    return max(1, -(-length // (64 * max(1, count)))) * 64
+
+
 class Call:
     """What all kernels of one call share: its inputs by name, and what follows from their shapes."""
 
@@ -62,17 +60,18 @@ class Call:
         self.inputs: dict[str, Any] = {name: None if x is None else x.contiguous() for name, x in inputs.items()}
         self.q, decay = self.inputs["q"], self.inputs["decay"]
         self.delta, self.value_width, self.cu_seqlens = inputs["beta"] is not None, width, cu
-        self.heads = self.inputs["v"].shape[2]
-        self.chunk, self.low = chunk_size(self.q.dtype, self.q.shape[3]), launch.operand_dtype(self.q.dtype)
-        self.plan = plan = launch.plan(self.q.shape[0], self.q.shape[1], self.chunk, cu)
+        self.heads, (b, t, h, k) = self.inputs["v"].shape[2], self.q.shape
+        self.chunk, self.low = chunk_size(self.q.dtype, k), launch.operand_dtype(self.q.dtype)
+        self.plan = plan = launch.plan(b, t, self.chunk, cu)
+        self.segment = segment_size(t, self.heads, width)
         language = importlib.import_module("triton.language")
         form = 0 if decay is None else decay.dim()
         self.options = self.inputs | {
-            **{"length": self.q.shape[1], "chunks": plan.per_sequence, "H": self.q.shape[2], "HV": self.heads},
-            **{"scale": scale, "K": self.q.shape[3], "V": width, "C": self.chunk, "NORM": norm, "DELTA": self.delta},
+            **{"length": t, "chunks": plan.per_sequence, "H": h, "HV": self.heads, "PACKED": cu is not None},
+            **{"scale": scale, "K": k, "V": width, "C": self.chunk, "NORM": norm, "DELTA": self.delta},
             **{"LEVELS": self.chunk.bit_length() - 1, "PRECISION": launch.precision(self.q.dtype)},
-            **{"DT": language.bfloat16 if self.low == torch.bfloat16 else language.float32, "PACKED": cu is not None},
-            **{"DECAY": form > 0, "PER_TOKEN": form > 2, "PER_CHANNEL": form in (2, 4)},
+            **{"DT": language.bfloat16 if self.low == torch.bfloat16 else language.float32, "limit": MILD[self.low]},
+            **{"DECAY": form > 0, "PER_TOKEN": form > 2, "PER_CHANNEL": form in (2, 4), "segment": self.segment},
             **{"starts": plan.starts, "counts": plan.sizes, "cu_seqlens": cu, "first_chunk": plan.first},
         }
 
@@ -82,45 +81,59 @@ class Call:
     def states(self, count: int, dtype: torch.dtype) -> Tensor:
         return self.q.new_empty(count, self.heads, self.q.shape[3], self.value_width, dtype=dtype)
 
+    def borders(self, rows: int) -> Tensor | None:
+        """Room for so many rows of K at every place where a segment may end and another begin, if there is one."""
+        b, t, _, k = self.q.shape
+        shape = b * t // self.segment, self.heads, rows, k
+        return self.q.new_empty(shape, dtype=torch.float32) if t > self.segment else None
+
     def start(self, file: str, name: str, **given: Any) -> None:
-        """Launch a kernel with one program per chunk or sequence, value head and (of a scan) tile of V."""
-        kernel = getattr(importlib.import_module(f"zoo.kernels.dplr.triton_{file}"), name)
-        width, per_chunk = self.q.shape[3], name in PER_CHUNK
-        chosen = {"BK": 256} | launch.choice(f"dplr.{name}", width, self.q)
+        """Launch a kernel with one program per value head and chunk (and tile of K), or (scans) tile of V, sequence
+        and segment."""
+        width, t, per_chunk = self.q.shape[3], self.q.shape[1], name in PER_CHUNK
+        kernel = getattr(importlib.import_module(f"zoo.kernels.{file}"), name)
+        chosen = {"BK": 256} | launch.choice(f"{'delta_rule' if name == 'carry' else 'dplr'}.{name}", width, self.q)
         chosen["BK"] = min(chosen["BK"], launch.power(width))
-        chosen["BV"] = min(chosen["BV"], launch.power(self.value_width))
-        while not per_chunk and chosen["BV"] > 16 and self.heads * -(-self.value_width // chosen["BV"]) < 64:
-            chosen["BV"] //= 2  # enough programs; by the shape of one sequence, so that no result depends on the batch
-        tiles = 1 if per_chunk else -(-self.value_width // chosen["BV"])
-        tiles = -(-width // chosen["BK"]) if name == "gradients" else tiles
-        options = self.options | chosen | {"tiles": tiles} | given
-        names = {*kernel.arg_names, "num_warps", "num_stages"}
-        programs = ((self.plan.count if per_chunk else self.plan.sequences) * self.heads * tiles,)
-        launch.start(kernel, programs, **{name: x for name, x in options.items() if name in names})
+        chosen["BV"] = min(chosen.get("BV", 16), launch.power(self.value_width))
+        segments = 1 if per_chunk or name == "carry" else max(1, -(-t // self.segment))
+        tiles = {"gradients": -(-width // chosen["BK"])}.get(
+            name, 1 if per_chunk else -(-self.value_width // chosen["BV"])
+        )
+        tiles += -(-width // chosen["BV"]) if name == "scan" and given["LEAN"] else 0
+        options = self.options | chosen | {"tile_count": tiles, "segments": segments} | given
+        names = {*kernel.arg_names, "num_warps", "num_stages", "maxnreg"}
+        programs = (self.plan.count if per_chunk else self.plan.sequences * segments) * self.heads * tiles
+        launch.start(kernel, (programs,), **{name: x for name, x in options.items() if name in names})
+
+    def scan(self, file: str, name: str, crossing: Tensor | None, transitions: Tensor | None, **given: Any) -> None:
+        """Launch a scan, with the states at the ends of segments found first."""
+        if crossing is not None:
+            self.start(file, name, crossing=crossing, LEAN=True, **given)
+            reverse = name == "scan_backward"
+            self.start("delta_rule.triton_kernels", "carry", states=crossing, crossing=transitions, REVERSE=reverse)
+        self.start(file, name, crossing=crossing, LEAN=False, **given)
 
 
 def _forward(*args: Any) -> tuple[Tensor, ...]:
-    """o, the final state, and what the backward pass needs: sums, norms, squares, factors, u and entering."""
+    """o, the final state, and what the backward pass needs: sums, norms, squares, factors, entering and crossing."""
     *inputs, norm, scale, initial_state, cu_seqlens, saves = args
     call = Call(dict(zip(INPUTS, inputs, strict=True)), inputs[2].shape[3], norm, scale, cu_seqlens)
-    width, delta, count = call.q.shape[3], call.delta, call.plan.count
-    o, final = (
-        torch.empty_like(inputs[2], memory_format=torch.contiguous_format),
-        call.states(call.plan.sequences, torch.float32),
-    )
+    width, delta = call.q.shape[3], call.delta
+    o = torch.empty_like(inputs[2], memory_format=torch.contiguous_format)
+    final = call.states(call.plan.sequences, torch.float32)
     saved = {
         "sums": call.rows(width, torch.float32 if call.low == torch.bfloat16 else torch.float64),
         "norms": call.rows(2 if norm else 0, torch.float32),
         "squares": call.rows(call.chunk * (2 if delta else 4)),
-        "factors": call.rows(width * (3 if delta else 4)),
-        "u": call.rows(call.value_width),
-        "entering": call.states(count if saves else 0, call.low),
+        "factors": call.rows(4 * width),
+        "entering": call.states(call.plan.count if saves else 0, call.low),
     }
-    call.start("forward", "prepare", **saved)
+    call.start(FORWARD, "prepare", **saved)
     initial = None if initial_state is None else initial_state.contiguous()
-    flags = {"INITIAL": initial is not None, "SAVE": saves}
-    call.start("forward", "scan", **saved, initial=initial, final=final, o=o, **flags)
-    return o, final, *(x if saves else o.new_empty(0) for x in saved.values())
+    crossing = call.borders(call.value_width + width)
+    call.scan(FORWARD, "scan", crossing, crossing, **saved, initial=initial, final=final, o=o, SAVE=saves)
+    kept = (*saved.values(), o.new_empty(0) if crossing is None else crossing)
+    return o, final, *(x if saves else o.new_empty(0) for x in kept)
 
 
 def _backward(given: dict[str, Any], results: list[Tensor], grads: list[Tensor | None]) -> dict[str, Any]:
@@ -129,30 +142,28 @@ def _backward(given: dict[str, Any], results: list[Tensor], grads: list[Tensor |
     call = Call(inputs, o.shape[3], given["qk_l2norm"], given["scale"], given["cu_seqlens"])
     do, dfinal = (None if x is None else x.contiguous() for x in grads[:2])
     restarts, decay, width = given["initial_state"] is not None, given["decay"], call.q.shape[3]
-    dinitial = call.states(call.plan.sequences if restarts else 0, torch.float32)
-    flow = dict(zip(("sums", "norms", "squares", "factors", "u", "entering"), kept, strict=True))
+    dinitial = call.states(call.plan.sequences, torch.float32) if restarts else None
+    *kept, transitions = kept
+    flow = dict(zip(("sums", "norms", "squares", "factors", "entering"), kept, strict=True))
     flow |= {"o": o, "do": torch.zeros_like(o) if do is None else do}
-    flow |= {"du": torch.empty_like(flow["u"]), "leaving": torch.empty_like(flow["entering"])}
-    flags = {"INITIAL": restarts, "FINAL": dfinal is not None}
-    call.start("backward", "scan_backward", **flow, dfinal=dfinal, dinitial=dinitial, **flags)
-    dx = torch.empty_like(flow["u"])
-    flow |= {
-        "dx": dx,
-        "dv": dx if call.delta else torch.empty_like(o),
-        "products": call.rows(3 if call.delta else 0, torch.float32),
-    }
+    flow["leaving"] = torch.empty_like(flow["entering"])
+    crossing, ends = call.borders(call.value_width), {"dfinal": dfinal, "dinitial": dinitial}
+    call.scan(BACKWARD, "scan_backward", crossing, transitions, **flow, **ends)
+    u, dx = call.rows(call.value_width), call.rows(call.value_width)
+    flow |= {"u": u, "dx": dx, "dv": dx if call.delta else torch.empty_like(o)}
+    flow["products"] = call.rows(3 if call.delta else 0, torch.float32)
     flow["d_squares"] = call.rows(call.chunk * (2 if call.delta else 4))
-    call.start("backward", "pairs", **flow)
+    call.start(BACKWARD, "pairs", **flow)
     # Value heads of a group write apart and are summed after: no atomics.
     wide = call.q.dtype if call.heads == call.q.shape[2] else torch.float32
     sides = {f"d{name}": call.rows(width, wide) for name in ("q", "k", "a", "b") if inputs[name] is not None}
     tiles = -(-width // min(launch.choice("dplr.gradients", width, call.q)["BK"], launch.power(width)))
     dbeta = call.rows(tiles if call.delta else 0, torch.float32)
     ddecay = call.rows(0 if decay is None else width, torch.float32)
-    call.start("backward", "gradients", **flow, dbeta=dbeta, ddecay=ddecay, **({"da": None, "db": None} | sides))
+    call.start(BACKWARD, "gradients", **flow, dbeta=dbeta, ddecay=ddecay, **({"da": None, "db": None} | sides))
     found = {name: call.q.new_empty(0) for name in INPUTS}  # apart: no two results may be one tensor
     found |= {name[1:]: _sum_groups(x, call.q) for name, x in sides.items()}
-    found |= {"v": flow["dv"].to(o.dtype)} | ({"initial_state": dinitial} if restarts else {})
+    found |= {"v": flow["dv"].to(o.dtype)} | ({} if dinitial is None else {"initial_state": dinitial})
     found |= {"beta": dbeta.sum(3)} if call.delta else {}
     if decay is not None:
         ddecay = ddecay if decay.dim() % 2 == 0 else ddecay.sum(3)

@@ -5,23 +5,30 @@ Every token reads the state through r and writes u to it through b, a second tim
     dplr: u_i = r_i S, with r = a before the decay of token i;
     delta (DELTA): u_i = v_i + r_i S with r = -k after it, b = beta k, and no second write.
 Inside a chunk, with A the scores of reads on earlier writes, u = (I - A)^-1 x = x + Z x, and x is linear in the state
-that enters: u = U + W S_0. `prepare` makes all that is free of the state, `scan` runs over the chunks.
+that enters and in v: u = W S_0 + M v with M = (I + Z) (r.k), or I + Z for delta, and so
+    o = (q_start + (q.b) W) S_0 + Q v,    Q = q.k + (q.b) M,
+    S_1 = exp(decay) S_0 + b_end^T (W S_0) + E^T v,    E = k_end + M^T b_end.
+`prepare` makes all these factors, which are free of the state, and sums that cancel are added before anything is
+rounded; `scan` runs over the chunks, one product waiting for another.
 
-Scores hold the decay between two tokens, per channel. They come level by level: between the two halves of each block of
-2, 4, .. C tokens the decay factors at the border, into exponents that are never positive and at most one per token.
+Scores hold the decay between two tokens, per channel. Where a chunk decays little, it factors into exponents of both
+signs, at half of the chunk's. Elsewhere scores come level by level: between the two halves of each block of 2, 4, .. C
+tokens the decay factors at the border, into exponents that are never positive.
 
 Shapes: as in tiles; sums [B, T, HV, K], of log decays in the chunk; norms [B, T, HV, 2], of q and k; squares
-[B, T, HV, SQUARES C], of Z and the scores q.b, q.k, r.k; factors [B, T, HV, FACTORS K], of W, q from the chunk's start,
-b and k to its end; u [B, T, HV, V]; entering [chunks, HV, K, V]. Without a second write the k ones are left out.
+[B, T, HV, SQUARES C], of Z, Q and for dplr M and q.b; factors [B, T, HV, 4 K], of W, what reads S_0, b_end and E;
+entering [chunks, HV, V, K], transposed states; crossing [borders, HV, V + K, K], transposed states at the ends of
+segments above the transitions of segments.
 """
 
 import triton
 import triton.language as tl
 
-from zoo.kernels.tiles import chunk_rows, load_gate, load_rows, load_state, sequence_rows, store_rows, store_state
+from zoo.kernels.delta_rule.triton_kernels import _segment
+from zoo.kernels.tiles import chunk_offset, chunk_rows, load_gate, load_rows, load_state, store_rows, store_state
 
 # K and V give the alignment of every address; other numbers would only multiply the compilations.
-SIZES = ["length", "chunks", "H", "HV", "tiles"]
+SIZES = ["length", "chunks", "tile_count", "segment", "segments"]
 
 
 @triton.jit
@@ -40,10 +47,11 @@ def decay_of(gap):
 
 @triton.jit
 def load_sides(
-    q, k, a, b, beta, norms, row, count, H, HV, head, column,
-    K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, NORM: tl.constexpr, DELTA: tl.constexpr,
+    inputs, row, count, H, HV, head, column, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, NORM: tl.constexpr,
+    DELTA: tl.constexpr,
 ):  # fmt: skip
     """[C, BK] in fp32 of q, k, r and b."""
+    q, k, a, b, beta, norms = inputs
     base = head // (HV // H) * K
     query = load_rows(q + base, row, count, H * K, column, K, C, BK).to(tl.float32)
     key = load_rows(k + base, row, count, H * K, column, K, C, BK).to(tl.float32)
@@ -82,21 +90,29 @@ def load_sums(
 
 @triton.jit
 def level_decays(
-    sums, sum, met, row, count, stride, column, level,
-    K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, DELTA: tl.constexpr,
+    sums, sum, met, last, mild, row, count, stride, column, level, K: tl.constexpr, C: tl.constexpr,
+    BK: tl.constexpr, DELTA: tl.constexpr,
 ):  # fmt: skip
-    """Decays between each token and the border inside its block of 2 << level tokens, for q, k and b and for r; and
-    which tokens come after that border."""
+    """Decays from some point to q and to r, and from k and b to it; and the [C, C] pairs of tokens that meet there.
+
+    Where the chunk is `mild` that is half of its decay, for all pairs; else the border inside each block of 2 << level
+    tokens, between its halves. Level -1 are the pairs of tokens with themselves."""
     r = tl.arange(0, C)
-    border = ((r >> level) | 1) * (1 << level) - 1
-    after = ((r >> level) & 1 == 1)[:, None]
-    middle = load_at(sums, row, border, border < count, stride, column, K, BK)
-    near = decay_of(tl.where(after, sum - middle, middle - sum))
-    if DELTA:
-        met_near = near
+    half = r >> tl.maximum(level, 0)
+    if mild:
+        near = tl.exp((sum - last * 0.5).to(tl.float32))
+        met_near = near if DELTA else tl.exp((met - last * 0.5).to(tl.float32))
+        far = tl.exp((last * 0.5 - sum).to(tl.float32))
+        most = C
     else:
-        met_near = tl.where(after, decay_of(met - middle), near)
-    return near, met_near, after
+        border = (half | 1) * (1 << tl.maximum(level, 0)) - 1
+        after = (half & 1 == 1)[:, None]
+        middle = load_at(sums, row, border, border < count, stride, column, K, BK)
+        near = tl.where(level < 0, 1.0, tl.where(after, decay_of(sum - middle), 0.0))
+        met_near = near if DELTA else tl.where(after, decay_of(met - middle), 0.0)
+        far = tl.where(level < 0, 1.0, tl.where(after, 0.0, decay_of(middle - sum)))
+        most = tl.where(level < 0, 0, 1)
+    return near, met_near, far, (r[:, None] >= r[None, :]) & ((half[:, None] ^ half[None, :]) <= most)
 
 
 @triton.jit
@@ -131,17 +147,45 @@ def _prefix_sums(
     tl.debug_barrier()  # all threads of the program read what each has stored
 
 
-@triton.jit(do_not_specialize=SIZES[:-1])
+@triton.jit
+def _scores(
+    inputs, sums, row, count, H, HV, head, limit, K: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr,
+    BK: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr, NORM: tl.constexpr, DELTA: tl.constexpr,
+    KEYS: tl.constexpr,
+):  # fmt: skip
+    """Of q and of r on b, or (KEYS) on k: at once where the chunk decays little, or level by level."""
+    i = tl.arange(0, C)[:, None]
+    j = tl.arange(0, C)[None, :]
+    with_q = tl.zeros([C, C], tl.float32)
+    with_r = tl.zeros([C, C], tl.float32)
+    for column in range(0, K, BK):
+        last = load_last(sums, row, count, HV * K, column, K, BK)[None, :]
+        mild = tl.min(last) >= -limit
+        for level in range(tl.where(mild, LEVELS - 1, -1), LEVELS):
+            again = row + (
+                level + 1 >> 8
+            )  # the same, which no compiler knows: to load again beats to hold in registers
+            query, key, read, write = load_sides(inputs, again, count, H, HV, head, column, K, C, BK, NORM, DELTA)
+            write = key if KEYS else write
+            sum, met = load_sums(sums, again, count, HV * K, column, K, C, BK, DELTA)
+            near, met_near, far, seen = level_decays(
+                sums, sum, met, last, mild, row, count, HV * K, column, level, K, C, BK, DELTA
+            )
+            right = tl.trans((write * far).to(DT))
+            with_q += tl.where(seen, tl.dot((query * near).to(DT), right, input_precision=PRECISION), 0.0)
+            with_r += tl.where(seen, tl.dot((read * met_near).to(DT), right, input_precision=PRECISION), 0.0)
+    return with_q, tl.where(i > j, with_r, 0.0)
+
+
+@triton.jit(do_not_specialize=SIZES[:2])
 def prepare(
-    q, k, v, a, b, beta, decay, sums, norms, squares, factors, u,
-    starts, counts, length, chunks, H, HV, scale,
-    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    q, k, a, b, beta, decay, sums, norms, squares, factors, starts, counts, length, chunks, scale, limit,
+    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, BK: tl.constexpr,
     DT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr, NORM: tl.constexpr, DELTA: tl.constexpr,
     DECAY: tl.constexpr, PER_TOKEN: tl.constexpr, PER_CHANNEL: tl.constexpr,
 ):  # fmt: skip
     """One program per chunk and value head."""
     SQUARES: tl.constexpr = 2 if DELTA else 4
-    FACTORS: tl.constexpr = 3 if DELTA else 4
     chunk = tl.program_id(0) // HV
     head = tl.program_id(0) % HV
     row, count = chunk_rows(chunk, length, chunks, starts, counts, C, PACKED)
@@ -150,30 +194,10 @@ def prepare(
     i = tl.arange(0, C)[:, None]
     j = tl.arange(0, C)[None, :]
 
-    q_b = tl.zeros([C, C], tl.float32)
-    r_b = tl.zeros([C, C], tl.float32)
-    q_k = tl.zeros([C, C], tl.float32)
-    r_k = tl.zeros([C, C], tl.float32)
-    for column in range(0, K, BK):
-        query, key, read, write = load_sides(
-            q, k, a, b, beta, norms, row, count, H, HV, head, column, K, C, BK, NORM, DELTA
-        )
-        sum, met = load_sums(sums, row, count, HV * K, column, K, C, BK, DELTA)
-        q_b += tl.where(i == j, tl.sum(query * write, 1)[:, None], 0.0)
-        if not DELTA:
-            q_k += tl.where(i == j, tl.sum(query * key, 1)[:, None], 0.0)
-        for level in range(LEVELS):
-            near, met_near, _ = level_decays(sums, sum, met, row, count, HV * K, column, level, K, C, BK, DELTA)
-            between = tl.where((i >> level) & 1 == 1, i >> level, 0) == (j >> level) + 1
-            left = (query * near).to(DT)
-            read_left = (read * met_near).to(DT)
-            right = tl.trans((write * near).to(DT))
-            q_b += tl.where(between, tl.dot(left, right, input_precision=PRECISION), 0.0)
-            r_b += tl.where(between, tl.dot(read_left, right, input_precision=PRECISION), 0.0)
-            if not DELTA:
-                right = tl.trans((key * near).to(DT))
-                q_k += tl.where(between, tl.dot(left, right, input_precision=PRECISION), 0.0)
-                r_k += tl.where(between, tl.dot(read_left, right, input_precision=PRECISION), 0.0)
+    inputs = (q, k, a, b, beta, norms)
+    q_b, r_b = _scores(
+        inputs, sums, row, count, H, HV, head, limit, K, C, LEVELS, BK, DT, PRECISION, NORM, DELTA, False
+    )
 
     # The inverse of a block from those of its halves: (I + Z) B (I + Z), with B the scores between them.
     z = tl.where((i ^ j) == 1, r_b, 0.0)
@@ -181,86 +205,103 @@ def prepare(
         square = tl.where((i >> level) ^ 1 == (j >> level), r_b, 0.0)
         square += tl.dot(z, square, input_precision=PRECISION)
         z += square + tl.dot(square, z, input_precision=PRECISION)
-    low = z.to(DT)
+    # What the scan multiplies by the state and by v, so that only one of its products waits for another.
+    q_b *= scale
     squares += head * SQUARES * C
-    store_rows(squares, low, row, count, HV * SQUARES * C, 0, C, C, C)
-    store_rows(squares, q_b * scale, row, count, HV * SQUARES * C, C, 2 * C, C, C)
-    if not DELTA:
-        store_rows(squares, q_k * scale, row, count, HV * SQUARES * C, 2 * C, 3 * C, C, C)
-        store_rows(squares, r_k, row, count, HV * SQUARES * C, 3 * C, 4 * C, C, C)
-
-    for column in range(0, K, BK):
-        query, key, read, write = load_sides(
-            q, k, a, b, beta, norms, row, count, H, HV, head, column, K, C, BK, NORM, DELTA
+    stride = HV * SQUARES * C
+    store_rows(squares, z, row, count, stride, 0, C, C, C)
+    if DELTA:
+        low, by_query = z.to(DT), q_b.to(DT)
+        q_b += tl.dot(by_query, low, input_precision=PRECISION)
+        store_rows(squares, q_b, row, count, stride, C, 2 * C, C, C)
+        tl.debug_barrier()
+    else:
+        store_rows(squares, q_b, row, count, stride, 3 * C, 4 * C, C, C)
+        q_k, r_k = _scores(
+            inputs, sums, row, count, H, HV, head, limit, K, C, LEVELS, BK, DT, PRECISION, NORM, DELTA, True
         )
+        tl.debug_barrier()
+        low = load_rows(squares, row, count, stride, 0, C, C, C)
+        by_query = load_rows(squares, row, count, stride, 3 * C, 4 * C, C, C)
+        r_k = (r_k + tl.dot(low, r_k.to(DT), input_precision=PRECISION)).to(DT)
+        q_k = q_k * scale + tl.dot(by_query, r_k, input_precision=PRECISION)
+        store_rows(squares, q_k, row, count, stride, C, 2 * C, C, C)
+        store_rows(squares, r_k, row, count, stride, 2 * C, 3 * C, C, C)
+        tl.debug_barrier()
+    mixed = tl.trans(load_rows(squares, row, count, stride, 0 if DELTA else 2 * C, SQUARES * C, C, C))
+    factors += head * 4 * K
+    stride = HV * 4 * K
+    for column in range(0, K, BK):
+        query, key, read, write = load_sides(inputs, row, count, H, HV, head, column, K, C, BK, NORM, DELTA)
         sum, met = load_sums(sums, row, count, HV * K, column, K, C, BK, DELTA)
         to_end = decay_of(load_last(sums, row, count, HV * K, column, K, BK)[None, :] - sum)
         read *= decay_of(met)
         read += tl.dot(low, read.to(DT), input_precision=PRECISION)
-        place = factors + head * FACTORS * K
-        store_rows(place, read, row, count, HV * FACTORS * K, column, K, C, BK)
+        store_rows(factors, read, row, count, stride, column, K, C, BK)
         query *= decay_of(sum) * scale
-        store_rows(place + K, query, row, count, HV * FACTORS * K, column, K, C, BK)
-        store_rows(place + 2 * K, write * to_end, row, count, HV * FACTORS * K, column, K, C, BK)
-        if not DELTA:
-            store_rows(place + 3 * K, key * to_end, row, count, HV * FACTORS * K, column, K, C, BK)
-    for column in range(0, V, BV):
-        value = load_rows(v + head * V, row, count, HV * V, column, V, C, BV).to(DT)
-        if DELTA:
-            x = value.to(tl.float32)
-        else:
-            x = tl.dot(r_k.to(DT), value, input_precision=PRECISION)
-            value = x.to(DT)
-        x += tl.dot(low, value, input_precision=PRECISION)
-        store_rows(u + head * V, x, row, count, HV * V, column, V, C, BV)
+        query += tl.dot(by_query, read.to(DT), input_precision=PRECISION)
+        store_rows(factors + K, query, row, count, stride, column, K, C, BK)
+        write *= to_end
+        store_rows(factors + 2 * K, write, row, count, stride, column, K, C, BK)
+        kept = tl.dot(mixed, write.to(DT), input_precision=PRECISION) + (write if DELTA else key * to_end)
+        store_rows(factors + 3 * K, kept, row, count, stride, column, K, C, BK)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def scan(
-    v, sums, squares, factors, u, entering, initial, final, o,
-    cu_seqlens, first_chunk, length, chunks, HV, tiles,
-    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    DT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr, DELTA: tl.constexpr,
-    INITIAL: tl.constexpr, SAVE: tl.constexpr,
+    crossing, v, sums, squares, factors, entering, initial, final, o, cu_seqlens, first_chunk, length, chunks,
+    tile_count, segment, segments, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
+    DELTA: tl.constexpr, SAVE: tl.constexpr, LEAN: tl.constexpr,
 ):  # fmt: skip
-    """The state from chunk to chunk, in registers; one program per sequence, value head and tile of V."""
+    """The state from chunk to chunk, in registers; one program per sequence, segment, value head and tile of V.
+    Everything is transposed: state [BV, BK], tokens [BV, C]. LEAN: no outputs; each segment but the last ones starts
+    from nothing, and further tiles, without values, from the identity: what `carry` puts together."""
     SQUARES: tl.constexpr = 2 if DELTA else 4
-    FACTORS: tl.constexpr = 3 if DELTA else 4
-    pid = tl.program_id(0)
-    column = (pid % tiles) * BV
-    n = pid // tiles // HV
-    head = pid // tiles % HV
-    begin, size, chunk = sequence_rows(n, length, chunks, cu_seqlens, first_chunk, PACKED)
-    number = n.to(tl.int64) * HV + head
+    tile, head, n, s, last, begin, size, chunk = _segment(
+        length, chunks, cu_seqlens, first_chunk, tile_count, segment, segments, HV, C, PACKED
+    )
+    column, number, border = tile * BV, n.to(tl.int64) * HV + head, begin // segment * HV + head
     squares += head * SQUARES * C
-    factors += head * FACTORS * K
-    if INITIAL:
-        state = load_state(initial, number, 1, column, K, V, BK, BV)
-    else:
-        state = tl.zeros([BK, BV], tl.float32)
+    factors += head * 4 * K
+    state = tl.zeros([BV, BK], tl.float32)
+    if initial is not None:
+        state = tl.trans(load_state(initial, number, 1 - s, column, K, V, BK, BV))
+    turned = column - (V + BV - 1) // BV * BV  # the first row of the transition, or below zero
+    if LEAN:
+        rows = turned + tl.arange(0, BV)
+        state += tl.where(rows[:, None] == tl.arange(0, BK)[None, :], 1.0, 0.0)
+        size = tl.where((s < last) & ((turned < 0) | (s > 0)), size, 0)
+    elif crossing is not None:
+        width = tl.where((s > 0) & (s <= last), V - column, 0)
+        state += load_rows(crossing, (border - HV) * (V + K) + column, width, K, 0, K, BV, BK)
     for i in range(0, tl.cdiv(size, C)):
-        row = begin + i * C
-        count = tl.minimum(size - i * C, C)
+        offset = chunk_offset(i, size, C)
+        row, count = begin + offset, tl.minimum(size - offset, C)
         low = state.to(DT)
-        if SAVE:
-            store_state(entering, low, (chunk + i) * HV + head, column, K, V, BK, BV)
-        reads = load_rows(factors, row, count, HV * FACTORS * K, 0, K, C, BK)
-        queries = load_rows(factors + K, row, count, HV * FACTORS * K, 0, K, C, BK)
-        writes = load_rows(factors + 2 * K, row, count, HV * FACTORS * K, 0, K, C, BK)
-        q_b = load_rows(squares + C, row, count, HV * SQUARES * C, 0, C, C, C)
-        last = load_last(sums + head * K, row, count, HV * K, 0, K, BK)
-        x = load_rows(u + head * V, row, count, HV * V, column, V, C, BV).to(tl.float32)
-        x = (x + tl.dot(reads, low, input_precision=PRECISION)).to(DT)
-        result = tl.dot(queries, low, input_precision=PRECISION)
-        state = state * decay_of(last)[:, None] + tl.dot(tl.trans(writes), x, input_precision=PRECISION)
-        if not DELTA:
-            keys = load_rows(factors + 3 * K, row, count, HV * FACTORS * K, 0, K, C, BK)
-            q_k = load_rows(squares + 2 * C, row, count, HV * SQUARES * C, 0, C, C, C)
-            values = load_rows(v + head * V, row, count, HV * V, column, V, C, BV).to(DT)
-            state += tl.dot(tl.trans(keys), values, input_precision=PRECISION)
-            result += tl.dot(q_k, values, input_precision=PRECISION)
-        result += tl.dot(q_b, x, input_precision=PRECISION)
-        if SAVE:
-            store_rows(u + head * V, x, row, count, HV * V, column, V, C, BV)
-        store_rows(o + head * V, result, row, count, HV * V, column, V, C, BV)
-    store_state(final, state, number, column, K, V, BK, BV)
+        if SAVE and not LEAN:
+            place = (chunk + offset // C).to(tl.int64) * HV + head
+            store_rows(entering, low, place * V + column, V - column, K, 0, K, BV, BK)
+        some = tl.where(turned < 0, count, 0) if LEAN else count
+        values = tl.trans(load_rows(v + head * V, row, some, HV * V, column, V, C, BV)).to(DT)
+        reads = load_rows(factors, row, count, HV * 4 * K, 0, K, C, BK)
+        known = tl.dot(low, tl.trans(reads), input_precision=PRECISION).to(DT)
+        if not LEAN:
+            queries = load_rows(factors + K, row, count, HV * 4 * K, 0, K, C, BK)
+            scores = load_rows(squares + C, row, count, HV * SQUARES * C, 0, C, C, C)
+            result = tl.dot(low, tl.trans(queries), input_precision=PRECISION)
+            result = tl.dot(values, tl.trans(scores), acc=result, input_precision=PRECISION)
+        writes = load_rows(factors + 2 * K, row, count, HV * 4 * K, 0, K, C, BK)
+        kept = load_rows(factors + 3 * K, row, count, HV * 4 * K, 0, K, C, BK)
+        state *= decay_of(load_last(sums + head * K, row, count, HV * K, 0, K, BK))[None, :]
+        state = tl.dot(values, kept, acc=state, input_precision=PRECISION)
+        state = tl.dot(known, writes, acc=state, input_precision=PRECISION)
+        if not LEAN:
+            store_rows(o + head * V, tl.trans(result), row, count, HV * V, column, V, C, BV)
+    if LEAN:
+        place = border * (V + K) + tl.where(turned < 0, column, V + turned)
+        width = tl.where(turned < 0, V - column, K - turned)
+        store_rows(crossing, state, place, tl.where(size > 0, width, 0), K, 0, K, BV, BK)
+    else:
+        if s == last:
+            store_state(final, tl.trans(state), number, column, K, V, BK, BV)

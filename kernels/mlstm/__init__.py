@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zoo.kernels import checks, dispatch, steps
-from zoo.kernels.mlstm.reference import State, normalised
+from zoo.kernels.mlstm.reference import State, denominator
 from zoo.kernels.packed import prepare
 
 BACKENDS = dispatch.load(__name__)
@@ -28,8 +28,7 @@ def mlstm(
         forget_gate: [B, T, Hv], what the sigmoid is taken of, fp32 (fp64).
         scale: factor on q, K ** -0.5 by default.
         initial_state: (C [N, Hv, K, V], n [N, Hv, K], m [N, Hv]), fp32 (fp64); zeros, m too, by default. C and n are
-            held divided by exp(m), and k is not scaled in them.
-        output_final_state, cu_seqlens, backend: as `zoo.kernels.dispatch` says.
+            held divided by exp(m), and k is not scaled in them. The rest: see `zoo.kernels.dispatch`.
 
     Returns:
         h [B, T, Hv, V] in q's dtype, before any norm and output gate, and the final state (C, n, m) or None.
@@ -75,8 +74,8 @@ def _step(q: Tensor, k: Tensor, v: Tensor, write: Tensor, keep: Tensor, scale: f
         k = k * (write[:, 0] - m).exp()[:, None, :, None]
         n.mul_((faded - m).exp().unsqueeze(-1)).add_(k[:, 0])
         read = steps.matrix(c, q, k, v, (faded - m).unsqueeze(1), scale=scale)
-        sums = scale * (q * n.unsqueeze(1)).sum(-1, keepdim=True)
-        return normalised(torch.cat([read, sums], -1), m.unsqueeze(1)).to(dtype)
+        normal = scale * (q * n.unsqueeze(1)).sum(-1)
+        return (read / denominator(normal, m.unsqueeze(1)).unsqueeze(-1)).to(dtype)
 
 
 ARGUMENTS = "Tensor q, Tensor k, Tensor v, Tensor input_gate, Tensor forget_gate, float scale"

@@ -34,7 +34,8 @@ def _token(
     (s, before), m = state, torch.maximum(forget + state[1], write)
     kept, written = (forget + before - m).exp(), (write - m).exp()
     s = kept[..., None, None] * s + written[..., None, None] * (k.unsqueeze(-1) * v.unsqueeze(-2))
-    return normalised((q.unsqueeze(-2) @ s).squeeze(-2), m), (s, m)
+    read = (q.unsqueeze(-2) @ s).squeeze(-2)
+    return read[..., :-1] / denominator(read[..., -1], m).unsqueeze(-1), (s, m)
 
 
 def prepare(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -55,8 +56,7 @@ def separate(s: Tensor, m: Tensor) -> State:
     return s[..., :-1].contiguous(), s[..., -1].contiguous(), m
 
 
-def normalised(read: Tensor, m: Tensor) -> Tensor:
-    """q S [..., V + 1] to h [..., V]; m [...]."""
+def denominator(normal: Tensor, m: Tensor) -> Tensor:
+    """What scale q_t C_t is divided by, from scale q_t n_t^T and m."""
     limit = 80.0 if m.dtype == torch.float32 else 700.0  # exp would overflow beyond; h is zero there anyway
-    d = torch.maximum(read[..., -1].abs(), (-m).clamp(max=limit).exp())
-    return read[..., :-1] / (d + EPSILON).unsqueeze(-1)
+    return torch.maximum(normal.abs(), (-m).clamp(max=limit).exp()) + EPSILON

@@ -1,7 +1,5 @@
 """The elementwise recurrence in a Triton kernel (B batch, T tokens, N sequences, D channels)."""
 
-from __future__ import annotations
-
 import importlib
 from typing import Any
 

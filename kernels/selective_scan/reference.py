@@ -20,7 +20,7 @@ def run(*args: Any) -> tuple[Tensor, Tensor]:
     x, b, c, begin = prepare(x, a, b, c, initial_state, cu_seqlens)
     b, c = (y.expand(*x.shape, -1) if y.dim() == 2 else y for y in (b, c))
     y, (state,) = each_token(partial(_token, a), x, (x, dt, b, c), (begin,), cu_seqlens)
-    return skip(y, x, d), state
+    return y if d is None else y + d * x, state
 
 
 def _token(a: Tensor | None, state: State, x: Tensor, dt: Tensor, b: Tensor, c: Tensor) -> tuple[Tensor, State]:
@@ -40,11 +40,9 @@ def per_channel(y: Tensor, x: Tensor) -> Tensor:
     return y if y.shape[-2] == 1 else y.repeat_interleave(x.shape[-1] // y.shape[-2], -2)
 
 
-def prepare(
-    x: Tensor, a: Tensor | None, b: Tensor, c: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def prepare(x: Tensor, a: Tensor | None, b: Tensor, c: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """x, B, C in the state dtype, B and C from tokens as [B, T, G, n], and the state that sequences begin with."""
-    dtype = state_dtype(x.dtype)
+    (initial_state, cu_seqlens), dtype = rest, state_dtype(x.dtype)
     b, c = (y if y.is_complex() else y.to(dtype) for y in (b, c))
     b, c = (y.unsqueeze(2) if y.dim() == 3 else y for y in (b, c))
     if initial_state is None:
@@ -57,7 +55,3 @@ def state_type(x: Tensor, a: Tensor | None) -> torch.dtype:
     """The dtype of the state: fp32 or fp64, complex beside a complex A."""
     wide = state_dtype(x.dtype)
     return wide.to_complex() if a is not None and a.is_complex() else wide
-
-
-def skip(y: Tensor, x: Tensor, d: Tensor | None) -> Tensor:
-    return y if d is None else y + d * x

@@ -1,7 +1,5 @@
 """Diagonal state spaces in Triton kernels (B batch, T tokens, D channels, n states of each, G groups)."""
 
-from __future__ import annotations
-
 import importlib
 import math
 from typing import Any

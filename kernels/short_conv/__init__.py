@@ -22,10 +22,10 @@ def short_conv(
         bias: [D].
         activation: None or "silu", applied to the result.
         initial_state: [N, D, W], the W inputs before the first token, oldest first; x's dtype or fp32. None is zeros.
-        output_final_state, cu_seqlens, backend: as `zoo.kernels.dispatch` says; the state is in x's dtype.
+            The rest: see `zoo.kernels.dispatch`.
 
     Returns:
-        y [B, T, D] in x's dtype, and the final state [N, D, W] or None. Sums are taken in fp32 (fp64 for fp64).
+        y [B, T, D] and the final state [N, D, W] or None, in x's dtype. Sums are taken in fp32 (fp64 for fp64).
     """
     (x,) = checks.autocast(x)
     _check(x, weight, bias, activation, initial_state, cu_seqlens)
@@ -45,14 +45,12 @@ def _check(
     x: Tensor, weight: Tensor, bias: Any, activation: str | None, state: Any, cu_seqlens: Any, *, step: bool = False
 ) -> None:
     checks.check_tokens("x", x, cu_seqlens, step)
-    checks.check_float("weight", weight)
-    checks.check_dims("weight", weight, "D W")
+    checks.check_shape("weight", weight, None, "D W")
     checks.check_shape("weight", weight, (x.shape[2], max(weight.shape[1], 1)), "D W")
-    checks.check_like("weight", weight, x, weight.dtype)
+    checks.check_like("weight", weight, x)
     if bias is not None:
-        checks.check_float("bias", bias)
         checks.check_shape("bias", bias, x.shape[2:], "D")
-        checks.check_like("bias", bias, x, bias.dtype)
+        checks.check_like("bias", bias, x)
     if activation not in (None, "silu"):
         raise ValueError(f'activation is {activation!r}; it must be None or "silu"')
     dtype = x.dtype if isinstance(state, Tensor) and state.dtype == x.dtype else None

@@ -6,47 +6,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zoo.kernels.checks import state_dtype
+from zoo.kernels.checks import count_sequences, state_dtype
 
 
 def run(*args: Any) -> tuple[Tensor, Tensor]:
-    x, weight, bias, activation, initial_state, _, cu_seqlens = args
+    """The W inputs of its state stand before every sequence: nothing else tells packed ones apart."""
+    x, weight, bias, activation, state, _, cu_seqlens = args
+    (d, width), n, t, wide = weight.shape, count_sequences(x, cu_seqlens), x.shape[1], state_dtype(x.dtype)
+    before = x.new_zeros(n, width, d) if state is None else state.mT.to(x.dtype)
     if cu_seqlens is None:
-        before = x.new_zeros(*x.shape[::2], weight.shape[1]) if initial_state is None else initial_state.to(x.dtype)
-        padded = torch.cat([before.mT, x], 1)  # [B, W + T, D]
-        shifted = [padded[:, i : i + x.shape[1]] for i in range(1, weight.shape[1] + 1)]
-        final = padded[:, x.shape[1] :].mT.contiguous()
-    else:
-        shifted, final = _packed(x, initial_state, weight.shape[1], cu_seqlens)
-    return _combine(shifted, weight, bias, activation), final
-
-
-def _combine(shifted: list[Tensor], weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
-    wide = state_dtype(shifted[0].dtype)
-    weight = weight.to(wide)
-    y = shifted[0].to(wide) * weight[:, 0]
-    for i, x in enumerate(shifted[1:], 1):
-        y = torch.addcmul(y, x.to(wide), weight[:, i])
+        rows = torch.cat([before, x], 1)  # [B, W + T, D]
+        final = rows[:, t:]
+    else:  # [1, N W + T, D]
+        token, each = torch.arange(t, device=x.device), torch.arange(width, device=x.device)
+        place = token + width * torch.searchsorted(cu_seqlens[1:], token, right=True)  # less W
+        starts = cu_seqlens.long() + width * torch.arange(n + 1, device=x.device)
+        rows = x.new_empty(1, n * width + t, d).index_copy(1, place + width, x)
+        rows = rows.index_copy(1, (starts[:-1, None] + each).flatten(), before.flatten(0, 1)[None])
+        final = rows[0][starts[1:, None] - width + each]
+    size, weight = rows.shape[1] - width, weight.to(wide)
+    y = rows[:, 1 : 1 + size].to(wide) * weight[:, 0]
+    for i in range(1, width):
+        y = torch.addcmul(y, rows[:, 1 + i : 1 + i + size].to(wide), weight[:, i])
+    y = y if cu_seqlens is None else y.index_select(1, place)
     y = y if bias is None else y + bias.to(wide)
-    return F.silu(y) if activation == "silu" else y
-
-
-def _packed(x: Tensor, state: Tensor | None, width: int, cu_seqlens: Tensor) -> tuple[list[Tensor], Tensor]:
-    """The shifted inputs and the final state of packed sequences, by index alone: nothing is read on the host."""
-    n, t = cu_seqlens.shape[0] - 1, x.shape[1]
-    before = x.new_zeros(n, width, x.shape[2]) if state is None else state.mT.to(x.dtype)
-    pool = torch.cat([before.flatten(0, 1), x[0]])  # [N W + T, D]
-    bounds = cu_seqlens.long()
-    token = torch.arange(t, device=x.device)
-    owner = torch.searchsorted(bounds, token, right=True) - 1
-    shifted = [_pick(pool, token, owner, bounds, shift, width)[None] for shift in range(width - 1, -1, -1)]
-    owner = torch.arange(n, device=x.device)
-    final = [_pick(pool, bounds[1:] - 1, owner, bounds, shift, width) for shift in range(width - 1, -1, -1)]
-    return shifted, torch.stack(final, -1)
-
-
-def _pick(pool: Tensor, token: Tensor, owner: Tensor, bounds: Tensor, shift: int, width: int) -> Tensor:
-    """The input `shift` before each token: in its own sequence, or else in the state of that sequence."""
-    begin, source = bounds[owner], token - shift
-    inside = bounds.shape[0] * width - width + source
-    return pool[torch.where(source >= begin, inside, (owner + 1) * width + source - begin)]
+    return F.silu(y) if activation == "silu" else y, final.mT.contiguous()

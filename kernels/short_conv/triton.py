@@ -1,7 +1,5 @@
 """Short convolution in Triton kernels (B batch, T tokens, N sequences, D channels, W filter width)."""
 
-from __future__ import annotations
-
 import importlib
 from typing import Any
 

@@ -8,9 +8,10 @@ from typing import Any
 from torch import Tensor
 
 from zoo.kernels import checks, dispatch, steps
-from zoo.kernels.slstm.reference import State
 
 BACKENDS = dispatch.load(__name__)
+
+State = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def slstm(
@@ -27,8 +28,7 @@ def slstm(
         recurrent: [4, H, D, D] for the input gate, forget gate, cell input and output gate in this order; h_{t-1}
             of a head multiplies from the left; any float dtype.
         initial_state: (c, n, h, m), each [N, H, D], fp32 (fp64); zeros by default. c and n are held divided by exp(m);
-            where n is 0 nothing was written yet, and c and m are not read.
-        output_final_state, cu_seqlens, backend: as `zoo.kernels.dispatch` says.
+            where n is 0 nothing was written yet, and c and m are not read. The rest: see `zoo.kernels.dispatch`.
 
     Returns:
         h [B, T, H, D] in cell_input's dtype, before any norm, and the final state (c, n, h, m) or None.
@@ -59,9 +59,8 @@ def _check(
     h, d = x.shape[2:]
     for name, gate in (("input_gate", write), ("forget_gate", keep), ("output_gate", read)):
         checks.check_gate(name, gate, x, x.shape, "B T H D", required=True)
-    checks.check_float("recurrent", recurrent)
     checks.check_shape("recurrent", recurrent, (4, h, d, d), "4 H D D")
-    checks.check_like("recurrent", recurrent, x, recurrent.dtype)
+    checks.check_like("recurrent", recurrent, x)
     checks.check_states(state, x, dict.fromkeys(("c", "n", "h", "m"), ((h, d), "H D")), cu_seqlens, step)
 
 

@@ -16,36 +16,32 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zoo.kernels.checks import count_sequences
-from zoo.kernels.sequential import each_token
-
-State = tuple[Tensor, Tensor, Tensor, Tensor]
+from zoo.kernels.sequential import State, each_token
 
 
 def run(*args: Any) -> tuple[Tensor, State]:
-    inputs, recurrent, begin, cu_seqlens = prepare(*args)
-    h, (c, n, last, m) = each_token(partial(_token, recurrent), inputs[..., 0, :], (inputs,), begin, cu_seqlens)
-    return h, (c, n, last, m)
+    token, inputs, begin, cu_seqlens = prepare(*args)
+    return each_token(token, inputs[..., 0, :], (inputs,), begin, cu_seqlens)
 
 
-def _token(recurrent: Tensor, state: State, inputs: Tensor) -> tuple[Tensor, State]:
-    state = cell(state, inputs + torch.einsum("bhd,ghde->bhge", state[2], recurrent))
-    return state[2], state
-
-
-def prepare(*args: Any) -> tuple[Tensor, Tensor, State, Tensor | None]:
-    """All four inputs [B, T, H, 4, D] in the order of `recurrent`, that, and the first state, in the state dtype."""
+def prepare(*args: Any) -> tuple[Any, Tensor, State, Tensor | None]:
+    """The function for one token, all four inputs [B, T, H, 4, D] in the order of `recurrent`, and the first state, in
+    the state dtype."""
     x, write, keep, read, recurrent, state, _, cu_seqlens = args
     inputs = torch.stack([write, keep, x.to(write.dtype), read], 3)
     zero = inputs.new_zeros(count_sequences(x, cu_seqlens), *x.shape[2:])
-    return inputs, recurrent.to(write.dtype), state or (zero, zero, zero, zero), cu_seqlens
+    weights = recurrent.to(write.dtype).permute(1, 2, 0, 3).flatten(2)  # [H, D, 4 D]
+    return partial(_token, weights), inputs, state or (zero, zero, zero, zero), cu_seqlens
 
 
-def cell(state: State, gates: Tensor) -> State:
-    """One token: the state (c, n, h, m) and what the four gates are taken of [B, H, 4, D]."""
-    (c, n, _, m), (i, f, z, o) = state, gates.unbind(2)
+def _token(weights: Tensor, state: State, inputs: Tensor) -> tuple[Tensor, State]:
+    c, n, h, m = state
+    gates = inputs + torch.bmm(h.transpose(0, 1), weights).transpose(0, 1).view_as(inputs)
+    i, f, z, o = gates.unbind(2)
     faded = torch.where(n == 0, -torch.inf, F.logsigmoid(f) + m)
     m = torch.maximum(faded, i)
     m = torch.where(m == -torch.inf, 0.0, m)  # nothing written yet
     kept, written = (faded - m).exp(), (i - m).exp()
     c, n = kept * c + written * z.tanh(), kept * n + written
-    return c, n, o.sigmoid() * c / torch.where(n == 0, 1.0, n), m
+    h = o.sigmoid() * c / torch.where(n == 0, 1.0, n)
+    return h, (c, n, h, m)

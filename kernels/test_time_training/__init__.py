@@ -18,6 +18,8 @@ __all__ = ["test_time_training", "test_time_training_state", "test_time_training
 
 BACKENDS = dispatch.load(__name__)
 
+Shapes = dict[str, tuple[str, Any]]  # axes and sizes by name
+
 
 def test_time_training(
     q: Tensor, k: Tensor, v: Tensor, lr: Tensor, weights: Mapping[str, Tensor], *,
@@ -45,8 +47,7 @@ def test_time_training(
         position_scale: [C] or [Hv, C], fp32 (fp64), factor on the sum of gradients at each place of a mini-batch (in
             TTT 1, 1/2, .. 1/C plus a learned offset); its last entry is the one that the next mini-batch begins with.
         mini_batch: C, tokens that share the weights where their gradients are taken.
-        initial_state: the tree of `test_time_training_state`, or of an earlier call.
-        output_final_state, cu_seqlens, backend: as `zoo.kernels.dispatch` says.
+        initial_state: the tree of `test_time_training_state`, or an earlier call. The rest: see `zoo.kernels.dispatch`.
 
     Returns:
         o [B, T, Hv, V] in q's dtype, and the final state or None. The state carries the partial gradient and the place
@@ -104,7 +105,10 @@ def _check(
     checks.check_gate("lr", lr, q, v.shape[:3], "B T Hv", required=True)
     checks.check_gate("momentum", momentum, q, v.shape[:3], "B T Hv")
     checks.check_gate("decay", decay, q, v.shape[:3], "B T Hv")
-    _check_weights(weights, inner, q, v)
+    if inner not in WEIGHTS:
+        raise ValueError(f'inner is {inner!r}; it must be "linear" or "mlp"')
+    shapes = _shapes(weights, inner, q, v)
+    _check_tree("weights", weights, shapes, q)
     norm = None if weight is None and bias is None else (weight, bias)
     for name, x in zip(("norm_weight", "norm_bias"), norm or (), strict=False):
         checks.check_gate(name, x, q, v.shape[2:], "Hv V", required=True)
@@ -115,41 +119,32 @@ def _check(
     checks.check_form("position_scale", position_scale, q, {"C": (mini_batch,), "Hv C": (v.shape[2], mini_batch)})
     checks.check_sequences("q", q, cu_seqlens, step)
     if step or state is not None:
-        floats, n = names(inner, momentum is not None, decay is not None), checks.count_sequences(q, cu_seqlens)
-        _check_state("state" if step else "initial_state", state, q, weights, floats, n)
+        parts = shapes | {"retained": ("Hv", v.shape[2:3]), OFFSET: ("", ())}
+        keys, n = names(inner, momentum is not None, decay is not None), checks.count_sequences(q, cu_seqlens)
+        found = {key: parts[key.partition("/")[2] or key] for key in (*keys, OFFSET)}
+        found = {key: (f"N {dims}".strip(), (n, *sizes)) for key, (dims, sizes) in found.items()}
+        _check_tree("state" if step else "initial_state", state, found, q)
     return norm
 
 
-def _check_weights(weights: Any, inner: str, q: Tensor, v: Tensor) -> None:
-    if inner not in WEIGHTS:
-        raise ValueError(f'inner is {inner!r}; it must be "linear" or "mlp"')
-    _check_names("weights", weights, WEIGHTS[inner])
+def _shapes(weights: Any, inner: str, q: Tensor, v: Tensor) -> Shapes:
+    """Of the weights; F is that of b1, which is checked with them."""
     width, hidden, out = ("K", q.shape[3]), ("V", v.shape[3]), ("V", v.shape[3])
     if inner == "mlp":
-        checks.check_dims("weights['b1']", weights["b1"], "Hv F")
-        hidden = ("F", weights["b1"].shape[1])
+        b1 = weights.get("b1") if isinstance(weights, Mapping) else None
+        hidden = ("F", b1.shape[-1] if isinstance(b1, Tensor) and b1.dim() else 0)
     layers = {"W1": (width, hidden), "b1": (hidden,), "W2": (hidden, out), "b2": (out,)}
-    for name in WEIGHTS[inner]:
-        dims, sizes = zip(("Hv", v.shape[2]), *layers[name], strict=True)
-        checks.check_gate(f"weights[{name!r}]", weights[name], q, sizes, " ".join(dims))
+    axes = {name: tuple(zip(("Hv", v.shape[2]), *layers[name], strict=True)) for name in WEIGHTS[inner]}
+    return {name: (" ".join(dims), sizes) for name, (dims, sizes) in axes.items()}
 
 
-def _check_names(name: str, tree: object, expected: tuple[str, ...]) -> None:
-    """A mapping of tensors with exactly these names."""
+def _check_tree(name: str, tree: object, shapes: Shapes, q: Tensor) -> None:
+    """A mapping of fp32 (fp64) tensors of exactly these names and shapes."""
     if not isinstance(tree, Mapping):
-        raise ValueError(f"{name} is {type(tree).__name__}; it must be a mapping of {', '.join(expected)}")
-    if set(tree) != set(expected):
-        raise ValueError(f"{name} has {', '.join(map(str, tree)) or 'nothing'}; it must have {', '.join(expected)}")
-    for key in expected:
-        checks.check_tensor(f"{name}[{key!r}]", tree[key])
-
-
-def _check_state(name: str, state: Any, q: Tensor, weights: Mapping[str, Tensor], floats: list[str], n: int) -> None:
-    """A state of this call: the names that its options ask for, of the right shapes."""
-    _check_names(name, state, (*floats, OFFSET))
-    for key in floats:
-        shape = weights[key.partition("/")[2] or key].shape if key != "retained" else weights["b1"].shape[:1]
-        dims = " ".join(["N", "Hv", "K", "V"][: len(shape) + 1])
-        checks.check_gate(f"{name}[{key!r}]", state[key], q, (n, *shape), dims)
-    checks.check_shape(f"{name}['offset']", state[OFFSET], (n,), "N")
-    checks.check_like(f"{name}['offset']", state[OFFSET], q, torch.int32)
+        raise ValueError(f"{name} is {type(tree).__name__}; it must be a mapping of {', '.join(shapes)}")
+    if set(tree) != set(shapes):
+        raise ValueError(f"{name} has {', '.join(map(str, tree)) or 'nothing'}; it must have {', '.join(shapes)}")
+    for key, (dims, sizes) in shapes.items():
+        checks.check_shape(f"{name}[{key!r}]", tree[key], sizes, dims)
+        dtype = torch.int32 if key == OFFSET else checks.state_dtype(q.dtype)
+        checks.check_like(f"{name}[{key!r}]", tree[key], q, dtype)

@@ -14,7 +14,6 @@ Shapes: `..` is [B, Hv]; B batch, T tokens, C tokens of a mini-batch, M mini-bat
 V widths of a layer, F hidden width; chunked arrays are [M, B, Hv, C, ...], weights [B, Hv, ...].
 """
 
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -27,9 +26,7 @@ from zoo.kernels.chunks import Chunks, packed
 from zoo.kernels.decays import HeadDecay, NoDecay
 from zoo.kernels.packed import prepare
 from zoo.kernels.sequential import State, each_chunk
-from zoo.kernels.test_time_training.reference import OFFSET, WEIGHTS, begin, choose, scaled
-
-EPSILON = 1e-6
+from zoo.kernels.test_time_training.reference import EPSILON, OFFSET, WEIGHTS, begin, choose, finish, scaled
 
 Layer = tuple[Tensor, Tensor]
 Norm = tuple[Tensor, Tensor]
@@ -62,32 +59,24 @@ def _layout(length: int, size: int, cu_seqlens: Tensor | None, offset: Tensor | 
         return packed(length, cu_seqlens, size, offset)
     if offset is None:
         return Chunks(length, min(size, length), -(-length // size))
-    token = torch.arange(length, device=offset.device)
-    return Chunks(length, size, -(-(length + size - 1) // size), offset.long()[:, None] + token)
+    count, token = -(-(length + size - 1) // size), torch.arange(length, device=offset.device)
+    start = torch.arange(offset.shape[0], device=offset.device) * (count * size) + offset
+    return Chunks(length, size, count, (start[:, None] + token).flatten())
 
 
-@dataclass(frozen=True)
-class Gates:
-    """How much of each gradient, and of the sums that enter, the sum A and the momentum S hold after each token."""
-
-    total: Tensor  # [B, Hv, C, C] c, of gradient j in A_t
-    since: Tensor  # [B, Hv, C, 1] d, of A_in in A_t
-    moved: Tensor | None = None  # [B, Hv, C, 1] s, of S_in in A_t
-    moving: Tensor | None = None  # [B, Hv, C] of each gradient in the last S
-    kept: Tensor | None = None  # [B, Hv] of S_in in the last S
-
-
-def gates(lr: Tensor, momentum: Tensor | None, decay: Tensor | None, there: Tensor | None) -> Gates:
+def gates(lr: Tensor, momentum: Tensor | None, decay: Tensor | None, there: Tensor | None) -> tuple[Any, ...]:
+    """What the sum A and the momentum S hold after each token: A of every gradient, c [B, Hv, C, C], and of A_in, d
+    [B, Hv, C, 1]; and with momentum A of S_in, s, and S of every gradient and of S_in."""
     one = torch.ones_like(lr).unsqueeze(-1)
     fade = NoDecay(None) if decay is None else HeadDecay(decay, None)
     between, since = fade.scores(one, one), fade.from_start(one)
     if momentum is None:
-        return Gates(between * lr.unsqueeze(-2), since)
+        return between * lr.unsqueeze(-2), since, None, None, None
     if there is not None:
         between = between * there.unsqueeze(-2)  # A takes up S once per token
     move = HeadDecay(momentum, None)
     steps, left = move.scores(one, one) * lr.unsqueeze(-2), move.from_start(one)
-    return Gates(between @ steps, since, between @ left, steps[..., -1, :], left[..., -1, 0])
+    return between @ steps, since, between @ left, steps, left
 
 
 def advance(count: int, norm: Any, rows: Any, last_row: Any, state: State, *inputs: Any) -> tuple[Tensor, State]:
@@ -101,47 +90,35 @@ def advance(count: int, norm: Any, rows: Any, last_row: Any, state: State, *inpu
     x, k, v, lr, momentum, decay, there, full = inputs
     weights, total, rest = state[:count], state[count : 2 * count], state[2 * count :]
     moving: State = rest[:count] if momentum is not None else (None,) * count
-    gate, left = gates(lr, momentum, decay, there), None
-    if decay is not None:
-        left = gate.since if rest[-1] is None else gate.since * rest[-1][..., None, None]
+    shares, since, moved, steps, left = gates(lr, momentum, decay, there)
+    norm = None if norm is None else tuple(y.unsqueeze(-2) for y in norm)
+    retained = None if decay is None else since if rest[-1] is None else since * rest[-1][..., None, None]
     gradients = errors(layers(weights), k, v, norm)
     each = zip(*(layers(y) for y in (weights, total, moving)), gradients, strict=True)
     for i, (own, sums, moves, (entering, error)) in enumerate(each):
         x = F.gelu(x, approximate="tanh") if i else x
-        past = (gate.total * (x @ entering.mT + 1)) @ error  # 1 for the bias
+        past = (shares * (x @ entering.mT + 1)) @ error  # 1 for the bias
         if sums[0] is not None:
-            past = past + gate.since * apply(sums, x)
-        if moves[0] is not None and gate.moved is not None:
-            past = past + gate.moved * apply(moves, x)
+            past = past + since * apply(sums, x)
+        if moves[0] is not None:
+            past = past + moved * apply(moves, x)
         now = apply(own, x)
-        x = (now if left is None else left * now) - (past if rows is None else rows * past)
-    total, moving = _sums(total, moving, gradients, gate)
-    kept = () if left is None else (left[..., -1, 0],)
-    state = _fold(weights, total, kept, last_row, full)
-    moving = moving if momentum is not None else ()
+        x = (now if retained is None else retained * now) - (past if rows is None else rows * past)
+    total = _summed(gradients, shares, (total, since), (moving, moved))
+    moving = () if momentum is None else _summed(gradients, steps, (moving, left))
+    state = _fold(weights, total, () if retained is None else (retained[..., -1, 0],), last_row, full)
     return finish(x, inputs[0], norm), (*state[: 2 * count], *moving, *state[2 * count :])
 
 
-def _sums(total: State, moving: State, gradients: list[Layer], gate: Gates) -> tuple[State, State]:
-    """A and S after the last token."""
-    totals = _gathered(gradients, gate.total[..., -1, :])
-    totals = _plus(totals, total, gate.since[..., -1, 0])
-    if gate.moving is None or gate.moved is None:
-        return totals, moving
-    totals = _plus(totals, moving, gate.moved[..., -1, 0])
-    return totals, _plus(_gathered(gradients, gate.moving), moving, gate.kept)
-
-
-def _gathered(gradients: list[Layer], share: Tensor) -> State:
-    """Sums of the tokens' gradients for every weight, each token's times `share` [B, Hv, C]."""
-    shared = [(entering, share.unsqueeze(-1) * error) for entering, error in gradients]
-    return tuple(y for entering, error in shared for y in (entering.mT @ error, error.sum(-2)))
-
-
-def _plus(sums: State, before: State, factor: Tensor | None) -> State:
-    if factor is None or before[0] is None:
-        return sums
-    return tuple(y + scaled(factor, x) for y, x in zip(sums, before, strict=True))
+def _summed(gradients: list[Layer], shares: Tensor, *before: tuple[State, Tensor | None]) -> State:
+    """For every weight what the last token's row of `shares` [B, Hv, C, C] takes of the gradients, and of the sums
+    `before`, where there are any, by factors [B, Hv, C, 1]."""
+    shared = [(entering, shares[..., -1, :, None] * error) for entering, error in gradients]
+    sums = [y for entering, error in shared for y in (entering.mT @ error, error.sum(-2))]
+    for earlier, factor in before:
+        if earlier[0] is not None and factor is not None:
+            sums = [y + scaled(factor[..., -1, 0], x) for y, x in zip(sums, earlier, strict=True)]
+    return tuple(sums)
 
 
 def _fold(weights: State, total: State, kept: State, last_row: Tensor | None, full: bool | Tensor) -> State:
@@ -167,14 +144,6 @@ def apply(layer: Layer, x: Tensor) -> Tensor:
     return x @ layer[0] + layer[1].unsqueeze(-2)
 
 
-def finish(z: Tensor, x: Tensor, norm: Norm | None) -> Tensor:
-    """f(x) from the last layer's result."""
-    if norm is None:
-        return z
-    weight, bias = (y.unsqueeze(-2) for y in norm)
-    return x + F.layer_norm(z, z.shape[-1:], eps=EPSILON) * weight + bias
-
-
 def errors(model: list[Layer], k: Tensor, v: Tensor, norm: Norm | None) -> list[tuple[Tensor, Tensor]]:
     """(X, E) of every layer for the loss |f(k) - v|^2 / 2."""
     entering, results = [k], [apply(model[0], k)]
@@ -190,7 +159,7 @@ def errors(model: list[Layer], k: Tensor, v: Tensor, norm: Norm | None) -> list[
 def _last_error(z: Tensor, k: Tensor, v: Tensor, norm: Norm | None) -> Tensor:
     if norm is None:
         return z - v
-    weight, bias = (y.unsqueeze(-2) for y in norm)
+    weight, bias = norm
     centred = z - z.mean(-1, keepdim=True)
     inverse = (centred.square().mean(-1, keepdim=True) + EPSILON).rsqrt()
     unit = centred * inverse

@@ -31,6 +31,7 @@ from zoo.kernels.sequential import State, each_token
 Weights = tuple[Tensor, ...]
 WEIGHTS = {"linear": ("W1", "b1"), "mlp": ("W1", "b1", "W2", "b2")}
 OFFSET = "offset"
+EPSILON = 1e-6
 
 
 def run(*args: Any) -> tuple[Tensor, dict[str, Tensor]]:
@@ -75,7 +76,12 @@ def _model(weights: Weights, norm: Any, x: Tensor) -> Tensor:
     z = torch.einsum("bhk,bhkv->bhv", x, weights[0]) + weights[1]
     if len(weights) == 4:
         z = torch.einsum("bhk,bhkv->bhv", F.gelu(z, approximate="tanh"), weights[2]) + weights[3]
-    return z if norm is None else x + F.layer_norm(z, z.shape[-1:], eps=1e-6) * norm[0] + norm[1]
+    return finish(z, x, norm)
+
+
+def finish(z: Tensor, x: Tensor, norm: Any) -> Tensor:
+    """f(x) from the last layer's result; the norm's weight and bias broadcast."""
+    return z if norm is None else x + F.layer_norm(z, z.shape[-1:], eps=EPSILON) * norm[0] + norm[1]
 
 
 def scaled(factor: Tensor, x: Tensor) -> Tensor:
@@ -103,9 +109,8 @@ def test_time_training_state(
     """The state before the first token of `sequences` sequences; `momentum` and `decay` say whether the calls have
     them. A later step overwrites its tensors."""
     own = {name: weights[name].expand(sequences, *weights[name].shape).clone() for name in WEIGHTS[inner]}
-    found = {}
-    for name in names(inner, momentum, decay):
-        found[name] = own[name] if name in own else torch.zeros_like(own[name.partition("/")[2] or "b1"])
+    sums = (name for name in names(inner, momentum, decay) if "/" in name)
+    found = own | {name: torch.zeros_like(own[name.partition("/")[2]]) for name in sums}
     if decay:
         found["retained"] = torch.ones_like(own["b1"][..., 0])
     found[OFFSET] = torch.zeros(sequences, dtype=torch.int32, device=own["b1"].device)

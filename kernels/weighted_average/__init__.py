@@ -30,7 +30,7 @@ def weighted_average(
         decay: log decay <= 0, None | [D] | [B, T, D], fp32 (fp64 beside fp64 inputs).
         bonus: [D], fp32 (fp64), added to the key of the token itself (RWKV-4's time_first).
         initial_state: (numerator, denominator, maximum), each [N, D], fp32 (fp64): the sums times exp(-maximum).
-        output_final_state, cu_seqlens, backend: as `zoo.kernels.dispatch` says.
+            The rest: see `zoo.kernels.dispatch`.
 
     Returns:
         o [B, T, D] in k's dtype, and the final state or None. An empty state has maximum -1e38.

@@ -8,6 +8,7 @@ from packing import packed
 
 from zoo.kernels import dispatch
 from zoo.kernels.delta_rule import delta_rule
+from zoo.kernels.delta_rule.triton import segment_size
 
 CHUNK = 32  # of fp32 inputs
 
@@ -86,6 +87,51 @@ def test_packed_without_tokens(check):
     tensors = inputs(1, t, 1, 1, 16, 16, n=n)
     _, state = delta_rule(**tensors, **options, output_final_state=True, backend="triton")
     assert torch.equal(state, tensors["initial_state"])
+
+
+@pytest.fixture
+def cut(monkeypatch):
+    """Cuts sequences after every so many tokens, as long ones with few heads are."""
+
+    def set_size(tokens):
+        monkeypatch.setattr("zoo.kernels.delta_rule.triton.segment_size", lambda *_: tokens)
+
+    return set_size
+
+
+@pytest.mark.parametrize(
+    ("decay", "hv", "k", "v", "chunks"), [(None, 2, 12, 20, 1), ("head", 1, 36, 70, 1), ("token", 1, 16, 16, 2)]
+)
+def test_segments(check, cut, decay, hv, k, v, chunks):
+    cut(chunks * CHUNK)
+    check(inputs(1, 3 * chunks * CHUNK + 5, 1, hv, k, v, decay))
+
+
+def test_packed_sequences_of_segments(check, cut):
+    cut(CHUNK)
+    options, t, n = packed(0, CHUNK, 1, 4 * CHUNK - 1, 0, 2 * CHUNK + 1)
+    check(inputs(1, t, 1, 1, 16, 16, "token", n=n), **options)
+
+
+def test_segments_do_not_depend_on_the_batch(cut):
+    cut(CHUNK)
+    tensors = {
+        name: x for name, x in inputs(2, 3 * CHUNK + 9, 1, 1, 16, 16, "token").items() if name != "initial_state"
+    }
+
+    def run(parts):
+        leaves = [x.requires_grad_() for x in parts.values()]
+        o, state = delta_rule(**parts, backend="triton", output_final_state=True)
+        return o, state, *torch.autograd.grad(o.square().sum() + state.sum(), leaves)
+
+    alone = run({name: x[:1].clone() for name, x in tensors.items()})
+    assert all(torch.equal(x, y[:1]) for x, y in zip(alone, run(tensors), strict=True))
+
+
+def test_segments_are_whole_chunks_of_long_calls_with_few_heads():
+    assert segment_size(2048, 1, 64) >= 2048 and segment_size(10**5, 256, 64) >= 10**5
+    assert segment_size(8192, 8, 128) == 1024
+    assert all(segment_size(t, 2, 64) % 64 == 0 for t in (1, 2049, 5000))
 
 
 def test_packed_equals_apart():

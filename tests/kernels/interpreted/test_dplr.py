@@ -88,6 +88,59 @@ def test_packed_sequences(check, op):
     check(op, inputs(op, 1, t, 1, 1, 16, 16, n=n), **options)
 
 
+@pytest.fixture
+def segments(monkeypatch):
+    """Every chunk is one."""
+    monkeypatch.setattr("zoo.kernels.dplr.triton.segment_size", lambda *_: CHUNK)
+
+
+@both
+@pytest.mark.usefixtures("segments")
+def test_segments(check, op):
+    check(op, inputs(op, 1, 3 * CHUNK + 5, 1, 2, 20, 16))
+
+
+@both
+@pytest.mark.usefixtures("segments")
+def test_segments_of_packed_sequences(check, op):
+    options, t, n = packed(0, 1, 2 * CHUNK + 5, 0, CHUNK, 3, CHUNK + 1)
+    check(op, inputs(op, 1, t, 1, 1, 16, 16, n=n), **options)
+
+
+@both
+@pytest.mark.usefixtures("segments")
+def test_no_result_depends_on_the_batch(evaluate, op):
+    tensors = inputs(op, 2, 2 * CHUNK + 3, 1, 1, 16, 16)
+    both = evaluate(lambda **x: run(op, **x, backend="triton"), tensors)
+    for n in range(2):
+        alone = evaluate(
+            lambda **x: run(op, **x, backend="triton"), {name: x[n : n + 1] for name, x in tensors.items()}
+        )
+        for name in ("output 0", "output 1"):
+            assert torch.equal(alone[name], both[name][n : n + 1])
+
+
+def test_segments_follow_from_tokens_and_heads():
+    from zoo.kernels.dplr.triton import segment_size
+
+    assert [segment_size(*shape) for shape in [(2048, 16, 128), (8192, 16, 128), (32768, 16, 128), (8192, 8, 128)]] == [
+        2048,
+        2048,
+        4096,
+        1024,
+    ]
+
+
+@both
+@pytest.mark.parametrize("limit", [0.0, 80.0])
+def test_both_ways_to_scores(check, monkeypatch, op, limit):
+    """Level by level, and, where a chunk's decay allows it, at once."""
+    monkeypatch.setattr("zoo.kernels.dplr.triton.MILD", {torch.float32: limit})
+    tensors = inputs(op, 1, 2 * CHUNK + 3, 1, 1, 40, 16, strongest=2.0)
+    tensors["decay"][:, CHUNK:, :, 5] -= 4.0
+    check(op, tensors, rms=1e-5)
+
+
 @both
 def test_strong_decay_and_total_forgetting(check, op):
     tensors = inputs(op, 1, CHUNK + 9, 1, 1, 16, 16, strongest=30.0)
