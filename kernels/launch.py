@@ -102,16 +102,22 @@ def held_back() -> Iterator[None]:
         _local.held = before
 
 
-@cache
+_assemblers: list[str | None] = []
+
+
+@torch.compiler.assume_constant_result
 def assembler() -> str | None:
     """The first ptxas of release 12.9 or later among that of the settings and those that triton brings.
 
     12.8, which triton 3.4 to 3.7 take for Hopper, miscompiles tensor core products: on an H200 the same PTX gave wrong
     numbers and illegal addresses with it, and right ones with 12.9 or with 12.8 that does not optimise.
     """
-    settings = importlib.import_module("triton").knobs.nvidia
-    tools = (tool for tool in (settings.ptxas, settings.ptxas_blackwell) if tool is not None)
-    return next((tool.path for tool in tools if tuple(map(int, tool.version.split("."))) >= (12, 9)), None)
+    if not _assemblers:  # a list and not `cache`, which a compiler would look behind
+        settings = importlib.import_module("triton").knobs.nvidia
+        tools = (tool for tool in (settings.ptxas, settings.ptxas_blackwell) if tool is not None)
+        right = (tool.path for tool in tools if tuple(map(int, tool.version.split("."))) >= (12, 9))
+        _assemblers.append(next(right, None))
+    return _assemblers[0]
 
 
 @contextmanager

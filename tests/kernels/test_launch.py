@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,12 +18,15 @@ def settings(monkeypatch):
         ptxas_blackwell=SimpleNamespace(path="/new", version="12.9"),
         ptxas_options=None,
     )
-    triton = ModuleType("triton")
-    triton.knobs = SimpleNamespace(nvidia=made)
-    monkeypatch.setitem(sys.modules, "triton", triton)
-    launch.assembler.cache_clear()
-    yield made
-    launch.assembler.cache_clear()
+    triton = SimpleNamespace(knobs=SimpleNamespace(nvidia=made))
+
+    def import_module(name):
+        torch._dynamo.graph_break()  # no compiler can look into it
+        return {"triton": triton}[name]
+
+    monkeypatch.setattr(launch, "importlib", SimpleNamespace(import_module=import_module))
+    monkeypatch.setattr(launch, "_assemblers", [])
+    return made
 
 
 @pytest.mark.parametrize(
@@ -42,7 +44,7 @@ def test_gpu_is_refused_without_a_right_ptxas(settings, monkeypatch):
     x = SimpleNamespace(device=torch.device("cuda"))
     assert launch.device_reason(x) is None
     settings.ptxas_blackwell = None
-    launch.assembler.cache_clear()
+    launch._assemblers.clear()
     assert "ptxas before 12.9" in launch.device_reason(x)
 
 
@@ -62,3 +64,11 @@ def test_launches_alone_use_it(settings, monkeypatch):
     options = {"num_warps": 2, "ptx_options": "--warn-on-spills --verbose"}
     assert seen == [((3,), (1,), options, "/new")]
     assert settings.ptxas is own
+
+
+def test_compilers_take_it_as_a_constant(settings):
+    def call(x):
+        return x + 1 if launch.assembler() == "/new" else x
+
+    compiled = torch.compile(call, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(torch.zeros(2)), torch.ones(2))
