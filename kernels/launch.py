@@ -103,6 +103,7 @@ def held_back() -> Iterator[None]:
 
 
 _assemblers: list[str | None] = []
+_assembling = threading.RLock()
 
 
 @torch.compiler.assume_constant_result
@@ -125,13 +126,14 @@ def assembled(path: str) -> Iterator[str]:
     """Inside, triton assembles with the ptxas at `path`, and other kernels of the process with their own. Gives the
     options to compile with: the cache does not tell one ptxas from another, but options it does."""
     settings = importlib.import_module("triton").knobs.nvidia
-    before = vars(settings).copy()
-    settings.__dict__["ptxas"] = path
-    try:
-        yield f"{settings.ptxas_options or ''} --verbose".strip()
-    finally:
-        settings.__dict__.clear()
-        settings.__dict__.update(before)
+    with _assembling:  # two threads at once would restore each other's
+        own = {name: value for name, value in vars(settings).items() if name == "ptxas"}
+        vars(settings)["ptxas"] = path
+        try:
+            yield f"{settings.ptxas_options or ''} --verbose".strip()
+        finally:
+            del vars(settings)["ptxas"]
+            vars(settings).update(own)
 
 
 def start(kernel: Any, programs: tuple[int, ...], *args: Any, **options: Any) -> None:

@@ -15,6 +15,11 @@ def heads(x: Tensor, v: Tensor) -> Tensor:
     return x if groups == 1 else x.repeat_interleave(groups, 2)
 
 
+def sum_groups(x: Tensor, like: Tensor) -> Tensor:
+    """The gradient of `heads`: [B, T, Hv, K] to [B, T, H, K] in the dtype of `like`."""
+    return x if x.shape == like.shape else x.unflatten(2, (like.shape[2], -1)).sum(3).to(like.dtype)
+
+
 def per_token(decay: Tensor | None, v: Tensor) -> Tensor | None:
     """Any form of decay as [B, T, Hv, 1] or [B, T, Hv, K]."""
     if decay is None:

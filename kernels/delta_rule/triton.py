@@ -16,16 +16,9 @@ from torch import Tensor
 
 from zoo.kernels import custom, launch
 from zoo.kernels.dplr import triton as channel
+from zoo.kernels.packed import sum_groups
 
-
-def supports(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, decay: Tensor | None, *rest: object) -> str | None:
-    if decay is not None and decay.dim() in (2, 4):
-        return channel.supports(q, k, v)
-    if q.dtype == torch.float64:
-        return "its kernels compute in fp32 and the inputs are fp64"
-    if q.shape[3] > 256 or v.shape[3] > 512:
-        return f"it takes K up to 256 and V up to 512, and they are {q.shape[3]} and {v.shape[3]}"
-    return launch.device_reason(q)
+supports = channel.supports
 
 
 def run(
@@ -137,7 +130,7 @@ class Call:
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, decay: Tensor | None, qk_l2norm: bool, scale: float,
     initial_state: Tensor | None, cu_seqlens: Tensor | None, keep: bool,
-) -> tuple[Tensor, ...]:  # fmt: skip
+) -> tuple[Tensor | None, ...]:  # fmt: skip
     """o, the final state and, where `keep`, what the backward pass needs."""
     q, k, v, beta = (x.contiguous() for x in (q, k, v, beta))
     decay, initial_state = (None if x is None else x.contiguous() for x in (decay, initial_state))
@@ -157,7 +150,7 @@ def _forward(
     tensors = (q, k, v, e, at, zt, factors, y, entering, initial_state, final, o)
     call.scan("scan", crossing, crossing, *tensors, INITIAL=initial_state is not None, KEEP=keep)
     saved = (e, at, y, entering, factors, sums, crossing)
-    return (o, final, *(saved if keep else (x.new_empty(0) for x in saved)))
+    return (o, final, *(saved if keep else [None] * len(saved)))
 
 
 def _backward(given: dict[str, Any], results: list[Tensor], grads: list[Tensor | None]) -> dict[str, Any]:
@@ -179,8 +172,7 @@ def _backward(given: dict[str, Any], results: list[Tensor], grads: list[Tensor |
     pairs = call.empty(*beta.shape, 2 * call.chunk)
     tensors = (q, k, factors, sums, y, entering, leaving, do, dq, dk, dv, dbeta, ddecay, pairs)
     call.run("gradients", *tensors, scans=False, NORM=call.qk_l2norm)
-    if wide != q.dtype or dq.shape != q.shape:
-        dq, dk = (x.unflatten(2, (q.shape[2], -1)).sum(3).to(q.dtype) for x in (dq, dk))
+    dq, dk = (sum_groups(x, q) for x in (dq, dk))
     ddecay = ddecay.sum((0, 1)) if decay is not None and decay.dim() == 1 else ddecay
     return {"q": dq, "k": dk, "v": dv, "beta": dbeta, "decay": ddecay, "initial_state": dinitial}
 

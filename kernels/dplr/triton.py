@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from zoo.kernels import custom, launch
+from zoo.kernels.packed import sum_groups
 
 FORWARD, BACKWARD = "dplr.triton_forward", "dplr.triton_backward"
 # Up to that decay of a chunk its scores are products of factors at most exp(MILD / 2); digits set the limit of fp32.
@@ -114,7 +115,7 @@ class Call:
         self.start(file, name, crossing=crossing, LEAN=False, **given)
 
 
-def _forward(*args: Any) -> tuple[Tensor, ...]:
+def _forward(*args: Any) -> tuple[Tensor | None, ...]:
     """o, the final state, and what the backward pass needs: sums, norms, squares, factors, entering and crossing."""
     *inputs, norm, scale, initial_state, cu_seqlens, saves = args
     call = Call(dict(zip(INPUTS, inputs, strict=True)), inputs[2].shape[3], norm, scale, cu_seqlens)
@@ -132,8 +133,7 @@ def _forward(*args: Any) -> tuple[Tensor, ...]:
     initial = None if initial_state is None else initial_state.contiguous()
     crossing = call.borders(call.value_width + width)
     call.scan(FORWARD, "scan", crossing, crossing, **saved, initial=initial, final=final, o=o, SAVE=saves)
-    kept = (*saved.values(), o.new_empty(0) if crossing is None else crossing)
-    return o, final, *(x if saves else o.new_empty(0) for x in kept)
+    return o, final, *(x if saves else None for x in (*saved.values(), crossing))
 
 
 def _backward(given: dict[str, Any], results: list[Tensor], grads: list[Tensor | None]) -> dict[str, Any]:
@@ -161,19 +161,13 @@ def _backward(given: dict[str, Any], results: list[Tensor], grads: list[Tensor |
     dbeta = call.rows(tiles if call.delta else 0, torch.float32)
     ddecay = call.rows(0 if decay is None else width, torch.float32)
     call.start(BACKWARD, "gradients", **flow, dbeta=dbeta, ddecay=ddecay, **({"da": None, "db": None} | sides))
-    found = {name: call.q.new_empty(0) for name in INPUTS}  # apart: no two results may be one tensor
-    found |= {name[1:]: _sum_groups(x, call.q) for name, x in sides.items()}
+    found = {name[1:]: sum_groups(x, call.q) for name, x in sides.items()}
     found |= {"v": flow["dv"].to(o.dtype)} | ({} if dinitial is None else {"initial_state": dinitial})
     found |= {"beta": dbeta.sum(3)} if call.delta else {}
     if decay is not None:
         ddecay = ddecay if decay.dim() % 2 == 0 else ddecay.sum(3)
         found["decay"] = ddecay if decay.dim() > 2 else ddecay.sum((0, 1))
     return found
-
-
-def _sum_groups(x: Tensor, like: Tensor) -> Tensor:
-    """[B, T, Hv, K] to [B, T, H, K] in the dtype of `like`."""
-    return x if x.shape == like.shape else x.unflatten(2, (like.shape[2], -1)).sum(3).to(like.dtype)
 
 
 INPUTS = ("q", "k", "v", "a", "b", "beta", "decay")

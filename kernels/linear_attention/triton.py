@@ -15,7 +15,7 @@ from torch import Tensor
 
 from zoo.kernels import custom, launch
 from zoo.kernels.linear_attention.reference import SMALLEST
-from zoo.kernels.packed import heads, per_token
+from zoo.kernels.packed import heads, per_token, sum_groups
 
 
 def supports(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> str | None:
@@ -191,7 +191,7 @@ ARGUMENTS = (
 )
 
 
-def _forward(*args: Any) -> tuple[Tensor, ...]:
+def _forward(*args: Any) -> tuple[Tensor | None, ...]:
     """o (fp32 where the caller divides it), the normaliser, the final state, and the states that enter segments."""
     *given, initial, cu_seqlens, _ = args
     call = Call(*[*given, cu_seqlens])
@@ -199,8 +199,7 @@ def _forward(*args: Any) -> tuple[Tensor, ...]:
     normal = call.empty(*call.tokens) if call.normalize else None
     entering, final, leaving = call.cross(False, None if initial is None else initial.contiguous(), call.v)
     call.walk(False, entering, call.v, out=o, normal=normal, leaving=leaving)
-    results = o, normal, final, entering if call.split else None
-    return tuple(call.empty(0) if x is None else x for x in results)
+    return o, normal, final, entering if call.split else None
 
 
 def _backward(given: dict[str, Any], results: Any, grads: Any) -> dict[str, Any]:
@@ -221,8 +220,7 @@ def _backward(given: dict[str, Any], results: Any, grads: Any) -> dict[str, Any]
     d_decay, d_gain = (call.empty(*call.tokens, parts) if given["wanted"] and x is not None else None
                        for x in (call.decay, call.gain))  # fmt: skip
     call.gradients(do, d_normal, before, after, dq, dk, d_decay, d_gain)
-    if h < hv:
-        dq, dk = (x.unflatten(2, (h, -1)).sum(3).to(call.q.dtype) for x in (dq, dk))
+    dq, dk = (sum_groups(x, call.q) for x in (dq, dk))
     if d_decay is not None and (
         axes := [*((0, 1) if given["decay"].dim() < 3 else ()), *([3] if call.form == 1 else [])]
     ):
