@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from zoo import registry
@@ -43,7 +44,6 @@ def _layout(layout: Any, arguments: dict[str, Any]) -> DecoderConfig:
     try:
         decoder: DecoderConfig = layout(**arguments)
     except TypeError as error:
-        raise ZooError(
-            f"{str(error).replace('layout()', layout.__module__.rpartition('.')[2])}; see its layout()"
-        ) from None
+        name = layout.__module__.rpartition(".")[2]
+        raise ZooError(f"{re.sub(r'^[a-z]+[(][)]', name, str(error))}; see its layout()") from None
     return decoder

@@ -12,7 +12,7 @@ from zoo.architectures.core.config import DecoderConfig
 from zoo.architectures.core.mixer import Context, Part
 from zoo.errors import ZooError
 
-EXAMPLE = {"intermediate_size": 96}
+EXAMPLE = {"intermediate_size": 96, "bias": True}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from zoo import registry
 from zoo.architectures.core.cache import LayerCache
 from zoo.architectures.core.config import DecoderConfig, Layer
-from zoo.architectures.core.mixer import Args, Context, Mixer, Part
+from zoo.architectures.core.mixer import Args, Context, Mixer, Part, narrow_values
 
 
 class Block(GradientCheckpointingLayer):
@@ -30,6 +30,7 @@ class Block(GradientCheckpointingLayer):
 
     def __init__(self, config: DecoderConfig, layer: Layer) -> None:
         super().__init__()
+        self.reads: tuple[str, ...] = ()
         self.mixer = self._part("mixers", layer.mixer, layer.mixer_args, config)
         self.channel = self._part("channels", layer.channel, layer.channel_args, config)
         self.build(config, type(self).parse(layer.block_args))
@@ -40,12 +41,13 @@ class Block(GradientCheckpointingLayer):
 
         return build(cls.options, args)  # type: ignore[arg-type]
 
-    @staticmethod
-    def _part(kind: str, name: str | None, args: object, config: DecoderConfig):  # type: ignore[no-untyped-def]
+    def _part(self, kind: str, name: str | None, args: object, config: DecoderConfig):  # type: ignore[no-untyped-def]
         if name is None:
             return None
         cls = registry.get(kind, name, "MODULE")
-        return cls(config, cls.parse(args))
+        parsed = cls.parse(args)
+        self.reads += cls.reads_of(parsed)
+        return cls(config, parsed)
 
     def build(self, config: DecoderConfig, args: Args) -> None:
         """Make norms and other parts of the wiring."""
@@ -64,7 +66,7 @@ class Block(GradientCheckpointingLayer):
     def replay(self, x: Tensor, ctx: Context, cache: LayerCache, values: dict[str, Tensor], length: int) -> None:
         """Bring `cache` from before a call to after its first `length` tokens."""
         with torch.no_grad():
-            self.forward(x[:, :length], ctx.narrow(length), cache, {k: v[:, :length] for k, v in values.items()})
+            self.forward(x[:, :length], ctx.narrow(length), cache, narrow_values(values, x.shape[1], length))
         cache.advance(length)
 
     def state_bytes(self, length: int, itemsize: int = 2) -> int:

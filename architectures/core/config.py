@@ -14,6 +14,7 @@ from zoo import registry
 from zoo.errors import ZooError
 
 NORMS = ("rms", "rms_one_plus", "layer", "l2")
+EMBEDDINGS = "embeddings"  # a value that the decoder writes: what enters the first layer
 T = TypeVar("T")
 
 
@@ -23,10 +24,11 @@ def _freeze(value: Mapping[str, Any]) -> Mapping[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class Norm:
-    """Normalisation of the residual stream: `kind` is one of rms, rms_one_plus, layer, l2."""
+    """Normalisation of the residual stream: `kind` is one of rms, rms_one_plus, layer, l2; `bias` is that of layer."""
 
     kind: str = "rms"
     eps: float = 1e-6
+    bias: bool = True
 
     def __post_init__(self) -> None:
         if self.kind not in NORMS:
@@ -126,7 +128,7 @@ class DecoderConfig:
         self._validate_layers()
 
     def _validate_layers(self) -> None:
-        written: set[str] = set()
+        written = {EMBEDDINGS}
         for index, layer in enumerate(self.layers):
             registry.load("blocks", layer.block)
             for kind, name, args in (
@@ -137,15 +139,16 @@ class DecoderConfig:
                     continue
                 cls = registry.load(kind, name).MODULE
                 try:
-                    cls.parse(args).check(self)
+                    parsed = cls.parse(args)
+                    parsed.check(self)
                 except ZooError as error:
                     raise ZooError(f"layer {index} ({name}): {error}") from None
-                if missing := set(cls.reads) - written:
+                if missing := set(cls.reads_of(parsed)) - written:
                     raise ZooError(
                         f"layer {index} ({name}) reads {', '.join(sorted(missing))}, which no earlier layer writes; "
                         "put a layer that writes it before"
                     )
-                written |= set(cls.writes)
+                written |= set(cls.writes_of(parsed))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON data; defaults are left out of the layers."""

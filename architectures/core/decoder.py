@@ -18,7 +18,7 @@ from zoo import registry
 from zoo.architectures.core.adopt import adopt
 from zoo.architectures.core.block import Block
 from zoo.architectures.core.cache import LayerCache
-from zoo.architectures.core.config import DecoderConfig
+from zoo.architectures.core.config import EMBEDDINGS, DecoderConfig
 from zoo.architectures.core.mixer import Context, Phase
 from zoo.architectures.core.norms import make_norm
 from zoo.architectures.core.rope import RotaryTable
@@ -74,10 +74,10 @@ class Decoder:
         device = ids.device if ids is not None else embeds.device  # type: ignore[union-attr]
         ctx = self._context(shape, device, cache, batch, eager)
         x = self.embed(ids, embeds, ctx.positions)
-        values: dict[str, Tensor] = {}
+        values = {EMBEDDINGS: x}
         for index, block in enumerate(cast(Iterable[Block], self.layers)):
             layer_cache = None if cache is None else cache.layers[index]
-            reads = {name: values[name] for name in _reads(block)}
+            reads = {name: values[name] for name in block.reads if name in values}
             if layer_cache is not None and layer_cache.record_past:
                 replay = partial(block.replay, x, ctx, layer_cache, reads)
                 layer_cache.record(replay, shape[1])
@@ -113,10 +113,6 @@ class Decoder:
     def state_bytes(self, length: int, itemsize: int = 2) -> int:
         """Bytes of cache for one sequence of `length` tokens, all layers."""
         return sum(cast(Block, layer).state_bytes(length, itemsize) for layer in self.layers)
-
-
-def _reads(block: Block) -> tuple[str, ...]:
-    return tuple(name for part in (block.mixer, block.channel) if part is not None for name in part.reads)
 
 
 def share_submodules(blocks: list[Any], config: DecoderConfig) -> dict[str, str]:

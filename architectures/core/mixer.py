@@ -6,7 +6,7 @@ B batch, T new tokens, D hidden size, H heads.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -75,7 +75,7 @@ class Context:
             positions=self.positions[:, :length],
             padding_mask=None if self.padding_mask is None else self.padding_mask[:, :length],
             ropes={name: (cos[:, :length], sin[:, :length]) for name, (cos, sin) in self.ropes.items()},
-            values={name: value[:, :length] for name, value in self.values.items()},
+            values=narrow_values(self.values, self.positions.shape[1], length),
         )
 
 
@@ -89,7 +89,8 @@ class Args:
 class Part(nn.Module):
     """A mixer or a channel: `forward(x, ctx, cache) -> y`, or `(y, {name: tensor})` when it declares `writes`.
 
-    A file in `mixers/` or `channels/` exports its class as `MODULE`.
+    A file in `mixers/` or `channels/` exports its class as `MODULE`. A value written for later layers is `[B, T, ...]`,
+    or `[B, S, ...]` with the new tokens last (keys and values of all tokens so far).
     """
 
     options: ClassVar[type[Args]] = Args
@@ -98,11 +99,22 @@ class Part(nn.Module):
     packed: ClassVar[bool] = True  # honours cu_seqlens
     rollback: ClassVar[bool] = True  # its cache can go back within the last call
     phase_consistent: ClassVar[bool] = True  # prefill + decode compute the same function as one forward
+    encoder_only: ClassVar[bool] = False  # sees tokens to come: for masked language models alone
 
     @classmethod
     def parse(cls, args: Mapping[str, Any]) -> Any:
         """Typed arguments from a mapping; an unknown or missing one raises `ZooError`."""
         return build(cls.options, args)
+
+    @classmethod
+    def reads_of(cls, args: Any) -> tuple[str, ...]:
+        """Names of the values that a part with these (typed) arguments reads from earlier layers."""
+        return cls.reads
+
+    @classmethod
+    def writes_of(cls, args: Any) -> tuple[str, ...]:
+        """Names of the values that a part with these (typed) arguments writes for later layers."""
+        return cls.writes
 
     def forward(self, x: Tensor, ctx: Context, cache: LayerCache | None = None) -> Output:
         raise TypeError(f"{type(self).__name__} must define forward")
@@ -127,6 +139,13 @@ class Mixer(Part):
         return cls.layer_type
 
     @classmethod
+    def default_args(cls, hidden_size: int, heads: int) -> dict[str, Any]:
+        """What a layout string that names this mixer alone means: the sizes that `Args` requires."""
+        usual = {"heads": heads, "head_dim": hidden_size // heads}
+        required = (f.name for f in fields(cls.options) if f.default is MISSING)  # type: ignore[arg-type]
+        return {name: usual[name] for name in required if name in usual}
+
+    @classmethod
     def from_attention(cls, spec: AttentionSpec, heads: tuple[int, ...] | None = None) -> MixerPlan:
         """Which tensors of softmax attention go through which operation to which parameter, and how new ones start."""
         from zoo.errors import ZooError
@@ -139,6 +158,14 @@ class Mixer(Part):
         from zoo.errors import ZooError
 
         raise ZooError(f"mixer {type(self).__name__} has no softmax counterpart")
+
+
+def narrow_values(values: Mapping[str, Tensor], tokens: int, length: int) -> dict[str, Tensor]:
+    """Values as they were with the first `length` of a call's `tokens` tokens. Each is `[B, T, ...]` or `[B, S, ...]`.
+
+    The buffers of a static cache are narrowed at an end that no token has reached yet.
+    """
+    return {name: value[:, : value.shape[1] - tokens + length] for name, value in values.items()}
 
 
 def keep_fp32(parameter: nn.Parameter) -> nn.Parameter:

@@ -51,5 +51,5 @@ class L2Norm(nn.Module):
 def make_norm(norm: Norm, dim: int) -> nn.Module:
     """The module for `norm` over `dim` channels."""
     if norm.kind == "layer":
-        return nn.LayerNorm(dim, eps=norm.eps)
+        return nn.LayerNorm(dim, eps=norm.eps, bias=norm.bias)
     return {"rms": RMSNorm, "rms_one_plus": OnePlusRMSNorm, "l2": L2Norm}[norm.kind](dim, norm.eps)

@@ -105,6 +105,10 @@ class Attention(Mixer):
             initialization.zeros_(self.sinks)
 
     @classmethod
+    def default_args(cls, hidden_size: int, heads: int) -> dict[str, Any]:
+        return super().default_args(hidden_size, heads) | {"rope": "default"}
+
+    @classmethod
     def layer_type_of(cls, args: Mapping[str, Any]) -> str:
         return "sliding_attention" if args.get("window") else "full_attention"
 

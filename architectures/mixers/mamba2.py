@@ -118,6 +118,12 @@ class Mamba2(RotatedKeys):
             self.norm_weight = nn.Parameter(torch.ones(inner))
         self.make_rotation(config, args, args.state_dim)
 
+    @classmethod
+    def default_args(cls, hidden_size: int, heads: int) -> dict[str, Any]:
+        """The published shape: twice the width, heads of 64, 128 states."""
+        head_dim = min(64, hidden_size)
+        return {"heads": 2 * hidden_size // head_dim, "head_dim": head_dim, "state_dim": 128}
+
     def init_weights(self, std: float) -> None:
         """-A uniform in [1, 16], time steps log-uniform in [1e-3, 0.1], D one, as published."""
         initialization.copy_(self.A_log, torch.empty(self.heads).uniform_(1, 16).log())

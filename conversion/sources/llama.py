@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from zoo.architectures.core import published as published_format
 from zoo.architectures.core.config import DecoderConfig, Head, Layer, Norm, Rope
-from zoo.architectures.core.formats import equivalent
 from zoo.architectures.core.rules import Rule, drop, rename
 from zoo.errors import ZooError
 
 ARCHITECTURE = "transformer"
 MODEL_TYPES = ("llama",)
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
-STRETCHED = ("llama3", "yarn")  # rope types that know the length before stretching
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 _LAYER = "model.layers.{i}."
@@ -52,7 +50,7 @@ def decoder(config: Mapping[str, Any]) -> DecoderConfig:
     Raises:
         ZooError: a value whose computation we do not have, by name.
     """
-    _require(config, "hidden_act", ("silu", "swish"), "silu")
+    published_format.require(config, "hidden_act", ("silu", "swish"), "silu")
     depth, width = config["num_hidden_layers"], config["hidden_size"]
     bias = bool(config.get("attention_bias", False))
     attention = {
@@ -76,23 +74,11 @@ def decoder(config: Mapping[str, Any]) -> DecoderConfig:
 
 
 def rope(config: Mapping[str, Any], head_dim: int) -> Rope:
-    """The rotary table, from `rope_parameters` or from the older `rope_scaling` and `rope_theta`.
-
-    Raises:
-        ZooError: a rope type other than default, linear, llama3 and yarn, or a partial rotation.
-    """
-    given = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
-    theta = given.pop("rope_theta", None) or config.get("rope_theta") or 10000.0
-    kind = given.pop("rope_type", None) or given.pop("type", None) or "default"
-    given.pop("type", None)
-    _require({"rope_type": kind}, "rope_type", ROPE_TYPES, "default")
-    partial = given.pop("partial_rotary_factor", None) or config.get("partial_rotary_factor") or 1.0
-    _require({"partial_rotary_factor": partial}, "partial_rotary_factor", (1.0,), 1.0)
-    if kind in STRETCHED:
-        length = config.get("original_max_position_embeddings") or config.get("max_position_embeddings", 2048)
-        given.setdefault("original_max_position_embeddings", length)
-    scaling = {} if kind == "default" else {"rope_type": kind, **given}
-    return Rope(dim=head_dim, theta=float(theta), scaling=scaling)
+    """The rotary table; a partial rotation is refused."""
+    published_format.require(config, "partial_rotary_factor", (1.0,), 1.0)
+    parameters = {"model_type": "llama", **(config.get("rope_parameters") or {})}
+    published_format.require(parameters, "partial_rotary_factor", (1.0,), 1.0)
+    return published_format.rope(config, head_dim)
 
 
 def published(decoder: DecoderConfig, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -120,11 +106,9 @@ def published(decoder: DecoderConfig, config: Mapping[str, Any]) -> dict[str, An
         "rms_norm_eps": decoder.norm.eps,
         "max_position_embeddings": decoder.max_position_embeddings,
         "tie_word_embeddings": decoder.head.tied,
-        "rope_parameters": {"rope_type": "default", **table.scaling, "rope_theta": table.theta},
+        "rope_parameters": published_format.rope_parameters(table),
     }
-    if not equivalent(_decoder(result), decoder):
-        raise ZooError("this model is no plain Llama (embedding, head, norms, masks or ropes); save it as zoo")
-    return result
+    return published_format.confirm(result, decoder, _decoder)
 
 
 _decoder = decoder  # `published` has an argument of that name
@@ -140,9 +124,3 @@ def _uniform(decoder: DecoderConfig) -> tuple[Mapping[str, Any], Mapping[str, An
             f"Llama needs attention with RoPE and swiglu, not {first.mixer} and {first.channel}; save as zoo"
         )
     return first.mixer_args, first.channel_args
-
-
-def _require(config: Mapping[str, Any], name: str, allowed: Sequence[Any], default: Any) -> None:
-    value = config.get(name)
-    if (default if value is None else value) not in allowed:
-        raise ZooError(f"{name} {value!r} of a llama checkpoint is not supported; it must be one of {allowed}")

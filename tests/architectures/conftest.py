@@ -15,12 +15,12 @@ from zoo.architectures.core.modeling import ZooForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parent))  # zoo_models, which pytest's importlib mode does not find by itself
 
-from zoo_models import MIXER_CASES, make, presets
+from zoo_models import CASES, make, presets
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     for name, values in (
-        ("case", [*MIXER_CASES, *presets()]),
+        ("case", CASES),
         ("mixer", registry.names("mixers")),
         ("preset", presets()),
     ):

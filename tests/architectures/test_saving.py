@@ -15,7 +15,7 @@ from huggingface_hub import HfApi
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
-from zoo_models import MIXER_CASES, draw, feed, forward, make, presets, same, swiglu_layer
+from zoo_models import CASES, draw, feed, forward, make, same, swiglu_layer
 
 from zoo import registry
 from zoo.architectures.core.config import DecoderConfig, Head, Rope
@@ -46,7 +46,7 @@ def fresh_process(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.T
     """Logits of every case's saved directory, computed by another process."""
     root = tmp_path_factory.mktemp("saved")
     torch.save(draw(2, 9), root / "ids.pt")
-    for case in [*MIXER_CASES, *presets()]:
+    for case in CASES:
         make(case).save_pretrained(root / folder_name(case), max_shard_size="40KB")
     subprocess.run([sys.executable, "-c", READER, str(root)], check=True)
     return load_file(root / "logits.safetensors")

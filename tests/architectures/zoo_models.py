@@ -1,12 +1,13 @@
 """The models that the contracts are tested on, and how their outputs are compared.
 
-Two layers of every registered mixer, as its `EXAMPLE` and `VARIANTS` say and as made from attention, and the tiny
-presets of every architecture. Nothing here names one of them.
+Two layers of every registered mixer, channel and block, as `EXAMPLE` and `VARIANTS` of its file say and, for mixers, as
+made from attention; and the tiny presets of every architecture. A mixer that reads what another layer writes names that
+layer in `BEFORE`, as (mixer, arguments). Nothing here names one of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -50,15 +51,33 @@ def convertible(mixer: str) -> bool:
     return "from_attention" in vars(registry.get("mixers", mixer, "MODULE"))
 
 
-def mixer_cases() -> dict[str, tuple[str, Callable[[], dict[str, Any]]]]:
-    cases: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {}
+def examples(kind: str, name: str) -> dict[str, dict[str, Any]]:
+    """Arguments by case name, as the file of a part gives them."""
+    module = registry.load(kind, name)
+    prefix = name if kind == "mixers" else f"{kind}/{name}"
+    cases = {prefix: dict(getattr(module, "EXAMPLE", {}))}
+    return cases | {f"{prefix}/{variant}": args for variant, args in getattr(module, "VARIANTS", {}).items()}
+
+
+def part_cases() -> dict[str, tuple[Layer, ...]]:
+    """The layers of every case: those that come before, and two of the kind that is tested."""
+    cases: dict[str, tuple[Layer, ...]] = {}
     for name in registry.names("mixers"):
         module = registry.load("mixers", name)
-        cases[name] = (name, lambda module=module: module.EXAMPLE)
-        for variant, args in getattr(module, "VARIANTS", {}).items():
-            cases[f"{name}/{variant}"] = (name, lambda args=args: args)
+        if module.MODULE.encoder_only:
+            continue
+        before = tuple(swiglu_layer(mixer, args) for mixer, args in getattr(module, "BEFORE", ()))
+        made = examples("mixers", name)
         if convertible(name):
-            cases[f"{name}/from_attention"] = (name, lambda m=module: dict(m.MODULE.from_attention(SPEC).args))
+            made[f"{name}/from_attention"] = dict(module.MODULE.from_attention(SPEC).args)
+        cases |= {case: (*before, *[swiglu_layer(name, args)] * 2) for case, args in made.items()}
+    attention = dict(mixer="attention", mixer_args=registry.get("mixers", "attention", "EXAMPLE"))
+    for name in registry.names("channels"):
+        for case, args in examples("channels", name).items():
+            cases[case] = (Layer(**attention, channel=name, channel_args=args),) * 2
+    for name in registry.names("blocks"):
+        for case, args in examples("blocks", name).items():
+            cases[case] = (swiglu_layer(**attention, block=name, block_args=args),) * 2
     return cases
 
 
@@ -71,24 +90,28 @@ def presets() -> list[str]:
     ]
 
 
-MIXER_CASES = mixer_cases()
-
-
-def swiglu_layer(mixer: str, args: dict[str, Any], **fields: Any) -> Layer:
+def swiglu_layer(mixer: str, mixer_args: dict[str, Any], **fields: Any) -> Layer:
     channel = dict(channel="swiglu", channel_args=dict(intermediate_size=96))
-    return Layer(mixer=mixer, mixer_args=args, **{**channel, **fields})
+    return Layer(mixer=mixer, mixer_args=mixer_args, **{**channel, **fields})
+
+
+PART_CASES = part_cases()
+CASES = [*PART_CASES, *presets()]
 
 
 def stack(names: Sequence[str], vocab_size: int = VOCAB, tied: bool = False) -> ZooConfig:
     """The config of a decoder with one layer per name; a name is a mixer's or `mixer/variant`."""
-    layers = tuple(swiglu_layer(MIXER_CASES[n][0], MIXER_CASES[n][1]()) for n in names)
+    return _config(tuple(PART_CASES[name][-1] for name in names), vocab_size, tied)
+
+
+def _config(layers: tuple[Layer, ...], vocab_size: int = VOCAB, tied: bool = False) -> ZooConfig:
     decoder = DecoderConfig(vocab_size=vocab_size, hidden_size=WIDTH, layers=layers, ropes=ROPES, head=Head(tied=tied))
     return ZooConfig.from_decoder(decoder, "test")
 
 
 def case_config(case: str) -> ZooConfig:
-    if case in MIXER_CASES:
-        return stack([case, case])
+    if case in PART_CASES:
+        return _config(PART_CASES[case])
     architecture, preset = case.split("/")
     module = registry.load("architectures", architecture)
     return ZooConfig.from_decoder(module.layout(**module.PRESETS[preset]), architecture)
