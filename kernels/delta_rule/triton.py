@@ -169,8 +169,7 @@ def _backward(given: dict[str, Any], results: list[Tensor], grads: list[Tensor |
     # Value heads of a group write apart and are summed after: no atomics.
     wide = q.dtype if beta.shape[2] == q.shape[2] else torch.float32
     dq, dk = (call.empty(*beta.shape, q.shape[3], dtype=wide) for _ in range(2))
-    pairs = call.empty(*beta.shape, 2 * call.chunk)
-    tensors = (q, k, factors, sums, y, entering, leaving, do, dq, dk, dv, dbeta, ddecay, pairs)
+    tensors = (q, k, factors, sums, y, entering, leaving, do, dq, dk, dv, dbeta, ddecay)
     call.run("gradients", *tensors, scans=False, NORM=call.qk_l2norm)
     dq, dk = (sum_groups(x, q) for x in (dq, dk))
     ddecay = ddecay.sum((0, 1)) if decay is not None and decay.dim() == 1 else ddecay

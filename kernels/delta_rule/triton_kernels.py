@@ -19,13 +19,13 @@ the whole chunk, exp(b_C) <S_0, dS_C>. No term lacks the decay that it is differ
 nothing large has to cancel.
 
 No accumulator of a product is transposed: on Hopper some releases of triton compile that into wrong numbers. Where a
-transposed product is needed, it goes through memory.
+transposed product is needed, what was loaded is multiplied the other way round.
 
 Shapes: B batch, T tokens, H key heads, HV value heads, C tokens of a chunk; e [B, T, HV, K]; at (A transposed) and zt
 (Z transposed) [B, T, HV, C]; y [B, T, HV, V]; entering and leaving [chunks, HV, V, K], transposed states before each
 chunk and gradients of those after it; crossing [borders, HV, V + K, K], transposed states between segments
 and transitions of segments (backward [borders, HV, V, K], gradients); factors [chunks, HV, 4, C, 2];
-sums [chunks, HV, C]; pairs [B, T, HV, 2 C]; dv
+sums [chunks, HV, C]; dv
 holds dR_j / |k_j| until `gradients` scales it. The scans keep the state transposed: it and r enter their products as
 left operands, straight from registers. Keys and queries enter products unrounded: factors scale rows and columns, and
 that of a k_j that writes is moved into r_j: e, at, zt and beta stand for e_j / |k_j|, ..., beta_j |k_j|.
@@ -149,7 +149,8 @@ def prepare(
     tl.store(_factor(factors, number, ERASED, C), k_norm * written * from_start)
     if KEEP and DECAY:
         tl.store(sums + number * C + r, sum)
-    between = tiles.decay_between(sum, count, C, True)
+    # Rows beyond the chunk are zeros, and the sum stays: no mask is needed but that of earlier tokens.
+    between = tl.exp(tl.minimum(sum[None, :] - sum[:, None], 0.0).to(tl.float32))
     n = tl.dot(keys, tl.trans(keys), input_precision=PRECISION) * between * k_norm[None, :]
     n = tl.where(r[:, None] < r[None, :], n, 0.0)
     z = _diagonal_blocks(n, written, C)
@@ -157,21 +158,27 @@ def prepare(
     z = _merge_blocks(z, n, written, 32, C, PRECISION) if C > 32 else z
     if KEEP:
         tiles.store_rows(zt + head * C, -z, row, count, HV * C, 0, C, C, C)
-    # Loaded again: the inverse needs the registers.
-    keys = tiles.load_rows(k + key_head * K, row, count, H * K, 0, K, C, BK).to(DT)
-    queries = tiles.load_rows(q + key_head * K, row, count, H * K, 0, K, C, BK).to(DT)
+    if keys.dtype == tl.float32 or BK > 128:  # loaded again: the inverse needs the registers
+        keys = tiles.load_rows(k + key_head * K, row, count, H * K, 0, K, C, BK).to(DT)
+        queries = tiles.load_rows(q + key_head * K, row, count, H * K, 0, K, C, BK).to(DT)
+    # The same decays in another way: those from above would have kept their registers.
+    bits = sum * 1.4426950408889634
+    between = tl.exp2(tl.minimum(bits[None, :] - bits[:, None], 0.0).to(tl.float32))
     reads = tl.dot(keys, tl.trans(queries), input_precision=PRECISION) * between * (scale * q_norm)[None, :]
+    reads = tl.where(r[:, None] <= r[None, :], reads, 0.0)
     solved = z * -written[None, :]
     right = _nearest(reads, PRECISION)
     reads = tl.dot(_nearest(solved, PRECISION), right, acc=reads, input_precision=PRECISION)
     tiles.store_rows(at + head * C, reads, row, count, HV * C, 0, C, C, C)
     # Two terms of `solved`, and keys that nothing has rounded: where keys are alike, little is left of large terms.
     solved *= to_end[None, :]
-    coarse = solved.to(DT)
-    writes = tl.dot(coarse, keys, acc=keys.to(tl.float32) * to_end[:, None], input_precision=PRECISION)
     if keys.dtype == tl.bfloat16:
-        fine = (solved - coarse.to(tl.float32)).to(DT)
-        writes = tl.dot(fine, keys, acc=writes, input_precision=PRECISION)
+        solved += tl.where(r[:, None] == r[None, :], to_end[None, :], 0.0)
+        coarse = solved.to(DT)
+        writes = tl.dot((solved - coarse.to(tl.float32)).to(DT), keys)
+        writes = tl.dot(coarse, keys, acc=writes)
+    else:
+        writes = tl.dot(solved, keys, acc=keys * to_end[:, None], input_precision=PRECISION)
     tiles.store_rows(e + head * K, writes, row, count, HV * K, 0, K, C, BK)
 
 
@@ -353,7 +360,7 @@ def scan_backward(
 
 @triton.jit(do_not_specialize=SIZES[:2])
 def gradients(
-    q, k, factors, sums, y, entering, leaving, do, dq, dk, dv, dbeta, ddecay, pairs, starts, counts, length, chunks,
+    q, k, factors, sums, y, entering, leaving, do, dq, dk, dv, dbeta, ddecay, starts, counts, length, chunks,
     scale, H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
     BV: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr, DECAY: tl.constexpr,
     NORM: tl.constexpr,
@@ -365,68 +372,85 @@ def gradients(
     number = chunk.to(tl.int64) * HV + head
     q_norm, k_norm = _two_factors(factors, number, QUERY_NORM, C)
     _, written = _two_factors(factors, number, KEY_READ, C)
-    d_query = tl.zeros([C, BK], tl.float32)
-    d_read, d_write = d_query, d_query  # d_read: minus the gradient
-    outputs = tl.zeros([C, C], tl.float32)
-    solves = outputs
-    d_strength, carried = tl.zeros([C], tl.float32), tl.zeros([BV], tl.float32)
-    for column in range(0, V, BV):
-        width = tl.minimum(V - column, count * V)  # the states of an empty chunk were never written
-        before = tiles.load_rows(entering, number * V + column, width, K, 0, K, BV, BK)
-        after = tiles.load_rows(leaving, number * V + column, width, K, 0, K, BV, BK)
-        grad = tiles.load_rows(do + head * V, row, count, HV * V, column, V, C, BV).to(DT)
-        right = tiles.load_rows(dv + head * V, row, count, HV * V, column, V, C, BV)
-        errors = tiles.load_rows(y + head * V, row, count, HV * V, column, V, C, BV)
-        d_query = tl.dot(grad, before.to(DT), acc=d_query, input_precision=PRECISION)
-        outputs = tl.dot(grad, tl.trans(errors.to(DT)), acc=outputs, input_precision=PRECISION)
-        d_read = tl.dot(right.to(DT), before.to(DT), acc=d_read, input_precision=PRECISION)
-        solves = tl.dot(right.to(DT), tl.trans(errors.to(DT)), acc=solves, input_precision=PRECISION)
-        d_write = tl.dot(errors.to(DT), after.to(DT), acc=d_write, input_precision=PRECISION)
-        wide = right.to(tl.float32)
-        d_strength += tl.sum(wide * errors.to(tl.float32), 1)
-        tiles.store_rows(dv + head * V, written[:, None] * wide, row, count, HV * V, column, V, C, BV)
-        if DECAY:
-            carried += tl.sum(before.to(tl.float32) * after.to(tl.float32), 1)
     r = tl.arange(0, C)
-    tl.store(dbeta + (row + r) * HV + head, d_strength * k_norm, mask=r < count)
-
-    sum = tl.load(sums + number * C + r) if DECAY else tl.full([C], 0.0, tl.float32)
+    later, same = r[:, None] > r[None, :], r[:, None] == r[None, :]
+    outputs = tl.zeros([C, C], tl.float32)
+    solves, outputs_t, solves_t = outputs, outputs, outputs
+    for column in range(0, V, BV):
+        grad = tiles.load_rows(do + head * V, row, count, HV * V, column, V, C, BV).to(DT)
+        right = tiles.load_rows(dv + head * V, row, count, HV * V, column, V, C, BV).to(DT)
+        errors = tiles.load_rows(y + head * V, row, count, HV * V, column, V, C, BV).to(DT)
+        outputs = tl.dot(grad, tl.trans(errors), acc=outputs, input_precision=PRECISION)
+        solves = tl.dot(right, tl.trans(errors), acc=solves, input_precision=PRECISION)
+        outputs_t = tl.dot(errors, tl.trans(grad), acc=outputs_t, input_precision=PRECISION)
+        solves_t = tl.dot(errors, tl.trans(right), acc=solves_t, input_precision=PRECISION)
+    d_strength = tl.sum(tl.where(same, solves, 0.0), 1) * k_norm
     keys = tiles.load_rows(k + key_head * K, row, count, H * K, 0, K, C, BK).to(DT)
     queries = tiles.load_rows(q + key_head * K, row, count, H * K, 0, K, C, BK).to(DT)
-    inside = tiles.decay_between(sum, count, C, False) * written[None, :]
-    outputs = outputs * inside * (scale * q_norm)[:, None]
-    pairs += head * (2 * C)
-    tiles.store_rows(pairs, outputs, row, count, HV * (2 * C), 0, 2 * C, C, C)
-    d_query = d_query * tl.load(_factor(factors, number, QUERY_READ, C))[:, None]
+    reading, solving = scale * q_norm, k_norm * written
+    decay = tl.full([C, C], 1.0, tl.float32)
     if DECAY:
-        by_read = tl.sum(queries.to(tl.float32) * d_query, 1)
-        by_pair = outputs * tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
-    d_query = tl.dot(outputs.to(DT), keys, acc=d_query, input_precision=PRECISION)
+        sum = tl.load(sums + number * C + r)
+        gap = (sum[:, None] - sum[None, :]).to(tl.float32)
+        decay = tl.exp(tl.minimum(gap, -gap))
+    outputs = tl.where(later | same, outputs * decay * reading[:, None] * written[None, :], 0.0)
+    outputs_t = tl.where(later, 0.0, outputs_t * decay * reading[None, :] * written[:, None]).to(DT)
+    solves = tl.where(later, solves * decay * solving[:, None] * written[None, :], 0.0)
+    solves_t = tl.where(later | same, 0.0, solves_t * decay * solving[None, :] * written[:, None])
+    both = (-solves - solves_t).to(DT)
+    if DECAY:
+        by_pair = tl.where(same, 0.0, outputs * tl.dot(queries, tl.trans(keys), input_precision=PRECISION))
+        by_pair -= solves * tl.dot(keys, tl.trans(keys), input_precision=PRECISION)
+        by_read = tl.sum(by_pair, 1) - tl.sum(by_pair, 0)
+    outputs = outputs.to(DT)
+
+    d_query, states = tl.zeros([C, BK], tl.float32), tl.where(count > 0, V, 0)  # an empty chunk has no states
+    for column in range(0, V, BV):
+        before = tiles.load_rows(entering, number * V + column, states - column, K, 0, K, BV, BK).to(DT)
+        grad = tiles.load_rows(do + head * V, row, count, HV * V, column, V, C, BV).to(DT)
+        d_query = tl.dot(grad, before, acc=d_query, input_precision=PRECISION)
+    d_query *= tl.load(_factor(factors, number, QUERY_READ, C))[:, None]
+    # Loaded again: what is kept in registers for so long leaves too few.
+    rows = tiles.load_rows(q + key_head * K, row, count, H * K, 0, K, C, BK).to(tl.float32)
+    if DECAY:
+        by_read += tl.sum(rows * d_query, 1)
+    d_query = tl.dot(outputs, keys, acc=d_query, input_precision=PRECISION)
     if NORM:
-        along = q_norm * q_norm * tl.sum(queries.to(tl.float32) * d_query, 1)
-        d_query -= along[:, None] * queries.to(tl.float32)
+        d_query -= (q_norm * q_norm * tl.sum(rows * d_query, 1))[:, None] * rows
     tiles.store_rows(dq + head * K, d_query, row, count, HV * K, 0, K, C, BK)
 
-    solves = tl.where(r[:, None] > r[None, :], solves * inside * (k_norm * written)[:, None], 0.0)
-    tiles.store_rows(pairs, solves, row, count, HV * (2 * C), C, 2 * C, C, C)
+    d_key = tl.zeros([C, BK], tl.float32)
+    _, written = _two_factors(factors, number, KEY_READ, C)
     to_end, erased = _two_factors(factors, number, TO_END, C)
-    d_read, d_write = d_read * erased[:, None], d_write * (written * to_end)[:, None]
+    for column in range(0, V, BV):
+        before = tiles.load_rows(entering, number * V + column, states - column, K, 0, K, BV, BK).to(DT)
+        right = tiles.load_rows(dv + head * V, row, count, HV * V, column, V, C, BV)
+        d_key = tl.dot(right.to(DT), before, acc=d_key, input_precision=PRECISION)
+        right = written[:, None] * right.to(tl.float32)
+        tiles.store_rows(dv + head * V, right, row, count, HV * V, column, V, C, BV)
+    d_key *= -erased[:, None]
     if DECAY:
-        by_pair -= solves * tl.dot(keys, tl.trans(keys), input_precision=PRECISION)
-        by_pair = tl.where(r[:, None] > r[None, :], by_pair, 0.0)
-        by_read -= tl.sum(keys.to(tl.float32) * d_read, 1)
-        by_read += tl.sum(by_pair, 1) - tl.sum(by_pair, 0)
-        by_write = tl.sum(keys.to(tl.float32) * d_write, 1)
+        by_key = tl.sum(tiles.load_rows(k + key_head * K, row, count, H * K, 0, K, C, BK).to(tl.float32) * d_key, 1)
+        by_read += by_key
+    tl.store(dbeta + (row + r) * HV + head, d_strength, mask=r < count)
+    carried = tl.zeros([BV], tl.float32)
+    for column in range(0, V, BV):
+        after = tiles.load_rows(leaving, number * V + column, states - column, K, 0, K, BV, BK)
+        errors = tiles.load_rows(y + head * V, row, count, HV * V, column, V, C, BV).to(tl.float32)
+        errors = (errors * (written * to_end)[:, None]).to(DT)
+        d_key = tl.dot(errors, after.to(DT), acc=d_key, input_precision=PRECISION)
+        if DECAY:
+            before = tiles.load_rows(entering, number * V + column, states - column, K, 0, K, BV, BK)
+            carried += tl.sum(before.to(tl.float32) * after.to(tl.float32), 1)
+    rows = tiles.load_rows(k + key_head * K, row, count, H * K, 0, K, C, BK).to(tl.float32)
+    if DECAY:
+        by_write = tl.sum(rows * d_key, 1) - by_key
         passing = tl.where(r[:, None] >= r[None, :], by_read[:, None], by_write[:, None])
         d_decay = tl.sum(passing, 0) + _total(factors, number, C) * tl.sum(carried, 0)
         tl.store(ddecay + (row + r) * HV + head, d_decay, mask=r < count)
-    tl.debug_barrier()  # every thread reads what others stored
-    outputs_t = tl.trans(tiles.load_rows(pairs, row, count, HV * (2 * C), 0, 2 * C, C, C))
-    solves_t = tl.trans(tiles.load_rows(pairs, row, count, HV * (2 * C), C, 2 * C, C, C))
-    d_key = tl.dot(outputs_t.to(DT), queries, acc=d_write - d_read, input_precision=PRECISION)
-    both = -(solves + solves_t.to(tl.float32))
-    d_key = tl.dot(both.to(DT), keys, acc=d_key, input_precision=PRECISION)
+    d_key = tl.dot(outputs_t, queries, acc=d_key, input_precision=PRECISION)
+    d_key = tl.dot(both, keys, acc=d_key, input_precision=PRECISION)
     if NORM:
-        along = k_norm * k_norm * tl.sum(keys.to(tl.float32) * d_key, 1)
-        d_key -= along[:, None] * keys.to(tl.float32)
+        _, k_norm = _two_factors(factors, number, QUERY_NORM, C)
+        d_key -= (k_norm * k_norm * tl.sum(rows * d_key, 1))[:, None] * rows
     tiles.store_rows(dk + head * K, d_key, row, count, HV * K, 0, K, C, BK)

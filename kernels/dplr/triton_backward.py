@@ -2,7 +2,7 @@
 """Triton kernels of diagonal-plus-low-rank transitions, backward: three launches.
 
 With u = (I - A)^-1 x and what leaves a chunk S_1, every use of u, x and v inside the chunk is linear:
-    du = (q.b)^T do + b_end dS_1,    dx = (I - A)^-T du,    dv = Q^T do + E dS_1 (for delta dx itself),
+    dx = (I + Z)^T ((q.b)^T do + b_end dS_1),    dv = Q^T do + E dS_1 (for delta dx itself),
     dS_0 = exp(decay) dS_1 + (q_start + (q.b) W)^T do + W^T (b_end dS_1),
 and the scores have the gradients dA = dx u^T and do u^T, dx v^T and do v^T: the inverse is not differentiated.
 
@@ -21,7 +21,16 @@ import triton
 import triton.language as tl
 
 from zoo.kernels.delta_rule.triton_kernels import _segment
-from zoo.kernels.dplr.triton_forward import SIZES, decay_of, level_decays, load_last, load_sides, load_sums
+from zoo.kernels.dplr.triton_forward import (
+    SIZES,
+    decay_of,
+    level_decays,
+    load_last,
+    load_sides,
+    load_sums,
+    mild_decays,
+    split,
+)
 from zoo.kernels.tiles import chunk_offset, chunk_rows, load_gate, load_rows, load_state, store_rows, store_state
 
 
@@ -95,12 +104,11 @@ def pairs(
         mix = load_rows(squares, row, count, HV * SQUARES * C, 0 if DELTA else 2 * C, SQUARES * C, C, C)
         scores = tl.trans(load_rows(squares, row, count, HV * SQUARES * C, C, SQUARES * C, C, C))
         write = tl.dot(mix, value, input_precision=PRECISION)
-        if DELTA:
-            write += value.to(tl.float32)
         d_value = tl.dot(scores, grad, input_precision=PRECISION)
         if not DELTA:
             by_writes = tl.trans(load_rows(squares, row, count, HV * SQUARES * C, 3 * C, SQUARES * C, C, C))
-            d_write = tl.dot(by_writes, grad, input_precision=PRECISION)
+            d_x = tl.dot(by_writes, grad, input_precision=PRECISION)
+            d_write = tl.zeros([C, BV], tl.float32)
         present = tl.where(count > 0, V - column, 0)
         for first in range(0, K, BK):
             before = tl.trans(load_rows(entering, number * V + column, present, K, first, K, BV, BK))
@@ -118,7 +126,7 @@ def pairs(
             d_x = d_value.to(DT)
         else:
             solved = tl.trans(load_rows(squares, row, count, HV * SQUARES * C, 0, C, C, C))
-            d_x = (d_write + tl.dot(solved, d_write.to(DT), input_precision=PRECISION)).to(DT)
+            d_x = tl.dot(solved, d_write.to(DT), acc=d_x, input_precision=PRECISION).to(DT)
             store_rows(dx + head * V, d_x, row, count, HV * V, column, V, C, BV)
         tl.debug_barrier()
         writes = load_rows(u + head * V, row, count, HV * V, column, V, C, BV)
@@ -248,9 +256,11 @@ def gradients(
         again = row + (level + 1 >> 8)  # as in `prepare`
         query, key, read, write = load_sides(inputs, again, count, H, HV, head, first, K, C, BK, NORM, DELTA)
         sum, met = load_sums(sums, again, count, stride, first, K, C, BK, DELTA)
-        near, met_near, far, seen = level_decays(
-            sums, sum, met, last, mild, row, count, stride, first, level, K, C, BK, DELTA
-        )
+        if mild:
+            near, met_near, far = mild_decays(sum, met, last, DELTA)
+            seen = i >= j
+        else:
+            near, met_near, far, seen = level_decays(sums, sum, met, row, count, stride, first, level, K, C, BK, DELTA)
         left, read_left = (query * near).to(DT), (read * met_near).to(DT)
         by_query, by_read, d_far, flow = _across(
             d_squares, again, count, square_stride, seen, left, read_left, (write * far).to(DT), C, DT, PRECISION
@@ -258,18 +268,9 @@ def gradients(
         d_write += far * d_far
         net -= flow
         if not DELTA:
+            square, right = d_squares + 2 * C, (key * far).to(DT)
             k_query, k_read, d_far, flow = _across(
-                d_squares + 2 * C,
-                again,
-                count,
-                square_stride,
-                seen,
-                left,
-                read_left,
-                (key * far).to(DT),
-                C,
-                DT,
-                PRECISION,
+                square, again, count, square_stride, seen, left, read_left, right, C, DT, PRECISION
             )
             d_key += far * d_far
             net -= flow
@@ -282,7 +283,12 @@ def gradients(
         if not DELTA:
             d_decay -= read_flow
     if DECAY:
-        d_decay += tl.cumsum(net, 0, reverse=True)
+        if DT == tl.bfloat16:  # noqa: SIM300
+            high, low = split(net, DT)
+            past = tl.where(i <= j, 1.0, 0.0).to(DT)
+            d_decay = tl.dot(past, low, acc=tl.dot(past, high, acc=d_decay))
+        else:
+            d_decay += tl.cumsum(net, 0, reverse=True)
         store_rows(ddecay + head * K, d_decay, row, count, stride, first, K, C, BK)
     if DELTA:
         query, key, _, _ = load_sides(

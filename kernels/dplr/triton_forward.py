@@ -16,9 +16,9 @@ signs, at half of the chunk's. Elsewhere scores come level by level: between the
 tokens the decay factors at the border, into exponents that are never positive.
 
 Shapes: as in tiles; sums [B, T, HV, K], of log decays in the chunk; norms [B, T, HV, 2], of q and k; squares
-[B, T, HV, SQUARES C], of Z, Q and for dplr M and q.b; factors [B, T, HV, 4 K], of W, what reads S_0, b_end and E;
-entering [chunks, HV, V, K], transposed states; crossing [borders, HV, V + K, K], transposed states at the ends of
-segments above the transitions of segments.
+[B, T, HV, SQUARES C], of I + Z, Q and for dplr M and (q.b) (I + Z); factors [B, T, HV, 4 K], of W, what reads S_0,
+b_end and E; entering [chunks, HV, V, K], transposed states; crossing [borders, HV, V + K, K], transposed states at the
+ends of segments above the transitions of segments.
 """
 
 import triton
@@ -89,36 +89,43 @@ def load_sums(
 
 
 @triton.jit
-def level_decays(
-    sums, sum, met, last, mild, row, count, stride, column, level, K: tl.constexpr, C: tl.constexpr,
-    BK: tl.constexpr, DELTA: tl.constexpr,
-):  # fmt: skip
-    """Decays from some point to q and to r, and from k and b to it; and the [C, C] pairs of tokens that meet there.
+def mild_decays(sum, met, last, DELTA: tl.constexpr):
+    """Decays from half of that of the chunk to q and to r, and from k and b to it, for all pairs of tokens."""
+    near = tl.exp((sum - last * 0.5).to(tl.float32))
+    met_near = near if DELTA else tl.exp((met - last * 0.5).to(tl.float32))
+    return near, met_near, tl.exp((last * 0.5 - sum).to(tl.float32))
 
-    Where the chunk is `mild` that is half of its decay, for all pairs; else the border inside each block of 2 << level
-    tokens, between its halves. Level -1 are the pairs of tokens with themselves."""
+
+@triton.jit
+def level_decays(
+    sums, sum, met, row, count, stride, column, level, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
+    DELTA: tl.constexpr,
+):  # fmt: skip
+    """Decays from the border inside each block of 2 << level tokens, between its halves, to q and to r, and from k and
+    b to it; and the [C, C] pairs of tokens that meet there. Level -1 are the pairs of tokens with themselves."""
     r = tl.arange(0, C)
     half = r >> tl.maximum(level, 0)
-    if mild:
-        near = tl.exp((sum - last * 0.5).to(tl.float32))
-        met_near = near if DELTA else tl.exp((met - last * 0.5).to(tl.float32))
-        far = tl.exp((last * 0.5 - sum).to(tl.float32))
-        most = C
-    else:
-        border = (half | 1) * (1 << tl.maximum(level, 0)) - 1
-        after = (half & 1 == 1)[:, None]
-        middle = load_at(sums, row, border, border < count, stride, column, K, BK)
-        near = tl.where(level < 0, 1.0, tl.where(after, decay_of(sum - middle), 0.0))
-        met_near = near if DELTA else tl.where(after, decay_of(met - middle), 0.0)
-        far = tl.where(level < 0, 1.0, tl.where(after, 0.0, decay_of(middle - sum)))
-        most = tl.where(level < 0, 0, 1)
+    border = (half | 1) * (1 << tl.maximum(level, 0)) - 1
+    after = (half & 1 == 1)[:, None]
+    middle = load_at(sums, row, border, border < count, stride, column, K, BK)
+    near = tl.where(level < 0, 1.0, tl.where(after, decay_of(sum - middle), 0.0))
+    met_near = near if DELTA else tl.where(after, decay_of(met - middle), 0.0)
+    far = tl.where(level < 0, 1.0, tl.where(after, 0.0, decay_of(middle - sum)))
+    most = tl.where(level < 0, 0, 1)
     return near, met_near, far, (r[:, None] >= r[None, :]) & ((half[:, None] ^ half[None, :]) <= most)
+
+
+@triton.jit
+def split(x, DT: tl.constexpr):
+    """Two bf16 numbers that hold twice the digits of one. To cut is cheaper than to round."""
+    high = (x.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
+    return high.to(DT), (x - high).to(DT)
 
 
 @triton.jit
 def _prefix_sums(
     q, k, decay, sums, norms, row, count, H, HV, head, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
-    PER_TOKEN: tl.constexpr, PER_CHANNEL: tl.constexpr, DECAY: tl.constexpr, NORM: tl.constexpr,
+    DT: tl.constexpr, PER_TOKEN: tl.constexpr, PER_CHANNEL: tl.constexpr, DECAY: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
     """Log decays are bounded below where exp is zero anyway, so that -1e4 does not swamp the digits of the others."""
     r = tl.arange(0, C)
@@ -133,7 +140,12 @@ def _prefix_sums(
         if DECAY:
             place = (decay + head * WIDTH + ((row + r) * HV * WIDTH * PER_TOKEN))[:, None] + (c * PER_CHANNEL)[None, :]
             step = tl.maximum(tl.load(place, mask=inside, other=0.0), -120.0)
-        sum = tl.cumsum(step.to(sums.dtype.element_ty), 0)
+        if DT == tl.bfloat16:  # noqa: SIM300
+            high, low = split(step, DT)
+            below = tl.where(r[:, None] >= r[None, :], 1.0, 0.0).to(DT)
+            sum = tl.dot(below, low, acc=tl.dot(below, high))
+        else:
+            sum = tl.cumsum(step.to(sums.dtype.element_ty), 0)
         store_rows(sums + head * K, sum, row, count, HV * K, column, K, C, BK)
         if NORM:
             query = load_rows(q + base, row, count, H * K, column, K, C, BK).to(tl.float32)
@@ -148,33 +160,63 @@ def _prefix_sums(
 
 
 @triton.jit
+def _add_scores(by_q, by_r, query, read, write, seen, PRECISION: tl.constexpr):
+    by_q += tl.where(seen, tl.dot(query, tl.trans(write), input_precision=PRECISION), 0.0)
+    return by_q, by_r + tl.where(seen, tl.dot(read, tl.trans(write), input_precision=PRECISION), 0.0)
+
+
+@triton.jit
 def _scores(
-    inputs, sums, row, count, H, HV, head, limit, K: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr,
-    BK: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr, NORM: tl.constexpr, DELTA: tl.constexpr,
-    KEYS: tl.constexpr,
+    inputs, sums, factors, row, count, H, HV, head, limit, K: tl.constexpr, C: tl.constexpr,
+    LEVELS: tl.constexpr, BK: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr, NORM: tl.constexpr,
+    DELTA: tl.constexpr,
 ):  # fmt: skip
-    """Of q and of r on b, or (KEYS) on k: at once where the chunk decays little, or level by level."""
-    i = tl.arange(0, C)[:, None]
-    j = tl.arange(0, C)[None, :]
-    with_q = tl.zeros([C, C], tl.float32)
-    with_r = tl.zeros([C, C], tl.float32)
+    """Of q and of r on b, and on k: at once where the chunk decays little, or level by level. And, into `factors`, q
+    and r with the decays from the chunk's start and b and k with those to its end, or all from and to its half."""
+    q_b = tl.zeros([C, C], tl.float32)
+    r_b = tl.zeros([C, C], tl.float32)
+    q_k = tl.zeros([C, C], tl.float32)
+    r_k = tl.zeros([C, C], tl.float32)
     for column in range(0, K, BK):
         last = load_last(sums, row, count, HV * K, column, K, BK)[None, :]
+        query, key, read, write = load_sides(inputs, row, count, H, HV, head, column, K, C, BK, NORM, DELTA)
+        sum, met = load_sums(sums, row, count, HV * K, column, K, C, BK, DELTA)
         mild = tl.min(last) >= -limit
-        for level in range(tl.where(mild, LEVELS - 1, -1), LEVELS):
-            again = row + (
-                level + 1 >> 8
-            )  # the same, which no compiler knows: to load again beats to hold in registers
-            query, key, read, write = load_sides(inputs, again, count, H, HV, head, column, K, C, BK, NORM, DELTA)
-            write = key if KEYS else write
-            sum, met = load_sums(sums, again, count, HV * K, column, K, C, BK, DELTA)
-            near, met_near, far, seen = level_decays(
-                sums, sum, met, last, mild, row, count, HV * K, column, level, K, C, BK, DELTA
-            )
-            right = tl.trans((write * far).to(DT))
-            with_q += tl.where(seen, tl.dot((query * near).to(DT), right, input_precision=PRECISION), 0.0)
-            with_r += tl.where(seen, tl.dot((read * met_near).to(DT), right, input_precision=PRECISION), 0.0)
-    return with_q, tl.where(i > j, with_r, 0.0)
+        if mild:
+            near, met_near, far = mild_decays(sum, met, last, DELTA)
+            by_query, by_read, by_write = (query * near).to(DT), (read * met_near).to(DT), (write * far).to(DT)
+            by_key = by_write if DELTA else (key * far).to(DT)
+        else:
+            for level in range(-1, LEVELS):
+                # The same row, which no compiler knows: to load again beats to hold in registers.
+                again = row + (level + 1 >> 8)
+                query, key, read, write = load_sides(inputs, again, count, H, HV, head, column, K, C, BK, NORM, DELTA)
+                sum, met = load_sums(sums, again, count, HV * K, column, K, C, BK, DELTA)
+                near, met_near, far, seen = level_decays(
+                    sums, sum, met, row, count, HV * K, column, level, K, C, BK, DELTA
+                )
+                left, read_left, right = (query * near).to(DT), (read * met_near).to(DT), (write * far).to(DT)
+                q_b, r_b = _add_scores(q_b, r_b, left, read_left, right, seen, PRECISION)
+                if not DELTA:
+                    q_k, r_k = _add_scores(q_k, r_k, left, read_left, (key * far).to(DT), seen, PRECISION)
+            to_end = decay_of(last - sum)
+            by_query, by_read = (query * decay_of(sum)).to(DT), (read * decay_of(met)).to(DT)
+            by_write = (write * to_end).to(DT)
+            by_key = by_write if DELTA else (key * to_end).to(DT)
+        store_rows(factors, by_read, row, count, HV * 4 * K, column, K, C, BK)
+        store_rows(factors + K, by_query, row, count, HV * 4 * K, column, K, C, BK)
+        store_rows(factors + 2 * K, by_write, row, count, HV * 4 * K, column, K, C, BK)
+        if not DELTA:
+            store_rows(factors + 3 * K, by_key, row, count, HV * 4 * K, column, K, C, BK)
+        if mild:  # apart, or the factors would be computed once more in the layout of an operand
+            q_b = tl.dot(by_query, tl.trans(by_write), acc=q_b, input_precision=PRECISION)
+            r_b = tl.dot(by_read, tl.trans(by_write), acc=r_b, input_precision=PRECISION)
+            if not DELTA:
+                q_k = tl.dot(by_query, tl.trans(by_key), acc=q_k, input_precision=PRECISION)
+                r_k = tl.dot(by_read, tl.trans(by_key), acc=r_k, input_precision=PRECISION)
+    i = tl.arange(0, C)[:, None]
+    j = tl.arange(0, C)[None, :]
+    return tl.where(i >= j, q_b, 0.0), tl.where(i > j, r_b, 0.0), tl.where(i >= j, q_k, 0.0), tl.where(i > j, r_k, 0.0)
 
 
 @triton.jit(do_not_specialize=SIZES[:2])
@@ -189,62 +231,63 @@ def prepare(
     chunk = tl.program_id(0) // HV
     head = tl.program_id(0) % HV
     row, count = chunk_rows(chunk, length, chunks, starts, counts, C, PACKED)
-    _prefix_sums(q, k, decay, sums, norms, row, count, H, HV, head, K, C, BK, PER_TOKEN, PER_CHANNEL, DECAY, NORM)
+    _prefix_sums(q, k, decay, sums, norms, row, count, H, HV, head, K, C, BK, DT, PER_TOKEN, PER_CHANNEL, DECAY, NORM)
     sums += head * K
     i = tl.arange(0, C)[:, None]
     j = tl.arange(0, C)[None, :]
 
     inputs = (q, k, a, b, beta, norms)
-    q_b, r_b = _scores(
-        inputs, sums, row, count, H, HV, head, limit, K, C, LEVELS, BK, DT, PRECISION, NORM, DELTA, False
+    factors += head * 4 * K
+    q_b, r_b, q_k, r_k = _scores(
+        inputs, sums, factors, row, count, H, HV, head, limit, K, C, LEVELS, BK, DT, PRECISION, NORM, DELTA
     )
-
-    # The inverse of a block from those of its halves: (I + Z) B (I + Z), with B the scores between them.
-    z = tl.where((i ^ j) == 1, r_b, 0.0)
-    for level in range(1, LEVELS):
-        square = tl.where((i >> level) ^ 1 == (j >> level), r_b, 0.0)
-        square += tl.dot(z, square, input_precision=PRECISION)
-        z += square + tl.dot(square, z, input_precision=PRECISION)
-    # What the scan multiplies by the state and by v, so that only one of its products waits for another.
-    q_b *= scale
     squares += head * SQUARES * C
     stride = HV * SQUARES * C
-    store_rows(squares, z, row, count, stride, 0, C, C, C)
-    if DELTA:
-        low, by_query = z.to(DT), q_b.to(DT)
-        q_b += tl.dot(by_query, low, input_precision=PRECISION)
-        store_rows(squares, q_b, row, count, stride, C, 2 * C, C, C)
+    if not DELTA:  # they wait in memory, as registers are few
+        store_rows(squares + C, q_k * scale, row, count, stride, 0, C, C, C)
+        store_rows(squares + 2 * C, r_k, row, count, stride, 0, C, C, C)
+
+    # The inverse of a block from those of its halves: (I + Z) B (I + Z), with B the scores between them.
+    r_b, q_b = r_b.to(DT), (q_b * scale).to(DT)
+    z = tl.where((i ^ j) == 1, r_b.to(tl.float32), 0.0)
+    for level in range(1, LEVELS):
+        square = tl.where((i >> level) ^ 1 == (j >> level), r_b, 0.0)
+        square = square.to(tl.float32) + tl.dot(z.to(DT), square, input_precision=PRECISION)
+        z += square + tl.dot(square.to(DT), z.to(DT), input_precision=PRECISION)
+    # What the scan multiplies by the state and by v, so that only one of its products waits for another.
+    solved = (z + tl.where(i == j, 1.0, 0.0)).to(DT)
+    by_read = tl.dot(q_b, solved, input_precision=PRECISION).to(DT)
+    unit = tl.where(i == j, 1.0, 0.0).to(DT)
+    store_rows(squares, solved, row, count, stride, 0, C, C, C)
+    store_rows(squares + (C if DELTA else 3 * C), by_read, row, count, stride, 0, C, C, C)
+    tl.debug_barrier()
+    if not DELTA:
+        right = load_rows(squares + 2 * C, row, count, stride, 0, C, C, C)
+        q_k = load_rows(squares + C, row, count, stride, 0, C, C, C)
+        q_k = tl.dot(unit, q_k, acc=tl.dot(by_read, right, input_precision=PRECISION), input_precision=PRECISION)
+        r_k = tl.dot(solved, right, input_precision=PRECISION)
+        store_rows(squares + C, q_k, row, count, stride, 0, C, C, C)
+        store_rows(squares + 2 * C, r_k, row, count, stride, 0, C, C, C)
         tl.debug_barrier()
-    else:
-        store_rows(squares, q_b, row, count, stride, 3 * C, 4 * C, C, C)
-        q_k, r_k = _scores(
-            inputs, sums, row, count, H, HV, head, limit, K, C, LEVELS, BK, DT, PRECISION, NORM, DELTA, True
-        )
-        tl.debug_barrier()
-        low = load_rows(squares, row, count, stride, 0, C, C, C)
-        by_query = load_rows(squares, row, count, stride, 3 * C, 4 * C, C, C)
-        r_k = (r_k + tl.dot(low, r_k.to(DT), input_precision=PRECISION)).to(DT)
-        q_k = q_k * scale + tl.dot(by_query, r_k, input_precision=PRECISION)
-        store_rows(squares, q_k, row, count, stride, C, 2 * C, C, C)
-        store_rows(squares, r_k, row, count, stride, 2 * C, 3 * C, C, C)
-        tl.debug_barrier()
-    mixed = tl.trans(load_rows(squares, row, count, stride, 0 if DELTA else 2 * C, SQUARES * C, C, C))
-    factors += head * 4 * K
+    mixed = tl.trans(load_rows(squares + (0 if DELTA else 2 * C), row, count, stride, 0, C, C, C))
     stride = HV * 4 * K
     for column in range(0, K, BK):
-        query, key, read, write = load_sides(inputs, row, count, H, HV, head, column, K, C, BK, NORM, DELTA)
-        sum, met = load_sums(sums, row, count, HV * K, column, K, C, BK, DELTA)
-        to_end = decay_of(load_last(sums, row, count, HV * K, column, K, BK)[None, :] - sum)
-        read *= decay_of(met)
-        read += tl.dot(low, read.to(DT), input_precision=PRECISION)
-        store_rows(factors, read, row, count, stride, column, K, C, BK)
-        query *= decay_of(sum) * scale
-        query += tl.dot(by_query, read.to(DT), input_precision=PRECISION)
-        store_rows(factors + K, query, row, count, stride, column, K, C, BK)
-        write *= to_end
-        store_rows(factors + 2 * K, write, row, count, stride, column, K, C, BK)
-        kept = tl.dot(mixed, write.to(DT), input_precision=PRECISION) + (write if DELTA else key * to_end)
-        store_rows(factors + 3 * K, kept, row, count, stride, column, K, C, BK)
+        read = load_rows(factors, row, count, stride, column, K, C, BK)
+        query = load_rows(factors + K, row, count, stride, column, K, C, BK)
+        write = load_rows(factors + 2 * K, row, count, stride, column, K, C, BK)
+        last = load_last(sums, row, count, HV * K, column, K, BK)[None, :]
+        rest = tl.where(tl.min(last) >= -limit, tl.exp((last * 0.5).to(tl.float32)), 1.0)
+        store_rows(factors + 2 * K, write.to(tl.float32) * rest, row, count, stride, column, K, C, BK)
+        kept = tl.dot(mixed, write, input_precision=PRECISION)
+        if not DELTA:
+            key = load_rows(factors + 3 * K, row, count, stride, column, K, C, BK)
+            kept = tl.dot(unit, key, acc=kept, input_precision=PRECISION)
+        queries = tl.dot(unit, query, input_precision=PRECISION) * scale
+        queries = tl.dot(by_read, read, acc=queries, input_precision=PRECISION)
+        reads = tl.dot(solved, read, input_precision=PRECISION)
+        store_rows(factors, reads * rest, row, count, stride, column, K, C, BK)
+        store_rows(factors + K, queries * rest, row, count, stride, column, K, C, BK)
+        store_rows(factors + 3 * K, kept * rest, row, count, stride, column, K, C, BK)
 
 
 @triton.jit(do_not_specialize=SIZES)

@@ -17,6 +17,9 @@ from zoo.kernels import custom, launch
 from zoo.kernels.linear_attention.reference import SMALLEST
 from zoo.kernels.packed import heads, per_token, sum_groups
 
+# Up to that decay of a chunk scores are products of factors up to its inverse; digits set the limit of fp32.
+MILD = {torch.bfloat16: 60.0, torch.float32: 4.0}
+
 
 def supports(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> str | None:
     decay, value_decay, bonus, normalize, *_ = options
@@ -78,7 +81,7 @@ def chunk_size(dtype: torch.dtype) -> int:
 
 def segment_size(length: int, heads: int) -> int:
     """Tokens that one program walks through: long sequences are cut so that a batch of one fills a GPU."""
-    return 2048 if length <= 2048 else min(2048, max(512, launch.power(length * heads // 128)))
+    return 2048 if length <= 2048 else min(2048, max(512, launch.power(length * heads // (64 if heads >= 16 else 128))))
 
 
 class Call:
@@ -132,9 +135,11 @@ class Call:
             "K": k, "W": w, "V": self.v.shape[3], "C": self.chunk, "SEGMENT": self.segment, "NORM": self.normalize,
             "LEVELS": self.chunk.bit_length() - 1, "STAGES": chosen.get("num_stages"), "DECAY": self.form,
             "DT": language.bfloat16 if self.kind == torch.bfloat16 else language.float32,
-            "PRECISION": launch.precision(self.q.dtype),
+            "PRECISION": launch.precision(self.q.dtype), "limit": MILD[self.kind],
         } | options  # fmt: skip
-        options = {name: x for name, x in options.items() if name in function.arg_names or name.startswith("num_")}
+        options = {
+            name: x for name, x in options.items() if name in function.arg_names or name.startswith(("num_", "maxnreg"))
+        }
         launch.start(function, (programs * hv * tiles,), *tensors, **options)
 
     @cached_property
@@ -181,8 +186,9 @@ class Call:
         return states, final, None
 
     def gradients(self, read: Tensor, *others: Tensor | None) -> None:
-        tensors, programs = (self.q, self.k, self.v, read, *self.factors[2:4], *others), self.plan.count * self.chunks
-        self.run("gradients", *tensors, programs=programs)
+        x, y, *sums = self.factors[:4]
+        tensors = (self.q, self.k, x, y, self.v, read, *sums, *others)
+        self.run("gradients", *tensors, programs=self.plan.count * self.chunks)
 
 
 ARGUMENTS = (

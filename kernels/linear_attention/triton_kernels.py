@@ -3,11 +3,12 @@
     o_i = exp(b_i) q_i S_0 + sum over j <= i of exp(b_i - a_j) (q_i . k_j) v_j,    S_C = exp(b_C) S_0 + sum of
     exp(b_C - a_j) k_j^T v_j,
 so `walk` carries the state through a segment of chunks in registers, and backwards with (k, q, do) for (q, k, v) it
-carries the gradient of the state and yields dv. A decay per channel factors at the middle of ever larger blocks:
-`scores` puts it into q, k and the score matrix, and the same `walk` needs none.
+carries the gradient of the state and yields dv. A decay per channel factors at the start and the end of a chunk that
+decays little, else at the middle of ever larger blocks: `scores` puts it into q (reader x), k (writer y) and the score
+matrix, and the same `walk` needs none.
 
-The log decay of token t gets what passes it: pairs of one token before t and one from t on. No two large numbers are
-subtracted: pairs in the chunk, reads of S_0 from t on, writes before t that reach the end, and <S_0, dS_C>.
+The log decay of token t gets what passes it: pairs in the chunk of one token before t and one from t on, reads of S_0
+from t on, writes before t that reach the end, and <S_0, dS_C>. Pairs on one side of t cancel to the last digit.
 
 Shapes: B batch, T tokens, C tokens of a chunk, segments of SEGMENT tokens, H key heads, HV value heads, K and V head
 widths, BK and BV tiles of them; sums and sources [B, T, HV] (b and a), or sums [B, T, HV, K] per channel; states [.,
@@ -20,7 +21,7 @@ import triton.language as tl
 
 from zoo.kernels.tiles import chunk_offset, chunk_rows, load_gate, load_rows, load_sums, sequence_rows, store_rows
 
-SIZES = ["length", "segments", "per", "H", "HV", "tiles"]
+SIZES = ["length", "segments", "per", "tiles"]
 
 
 @triton.jit
@@ -59,18 +60,6 @@ def _between(b, a, scale, C: tl.constexpr, TRANSPOSED: tl.constexpr):
 
 
 @triton.jit
-def _weigh(weights, x, DT: tl.constexpr, PRECISION: tl.constexpr):
-    """weights @ x for weights of zeros and ones: bf16 in two parts keeps 16 bits of x."""
-    if DT.is_bf16():
-        high = x.to(DT)
-        low = (x - high.to(tl.float32)).to(DT)
-        result = tl.dot(weights.to(DT), low) + tl.dot(weights.to(DT), high)
-    else:
-        result = tl.dot(weights, x, input_precision=PRECISION)
-    return result
-
-
-@triton.jit
 def _apply(matrix, x, DT: tl.constexpr):
     """matrix @ x for a vector in fp32, of which two parts in bf16 keep 16 bits."""
     if DT.is_bf16():
@@ -85,7 +74,8 @@ def _apply(matrix, x, DT: tl.constexpr):
 
 @triton.jit(do_not_specialize=SIZES)
 def prepare(
-    decay, gain, sums, sources, starts, counts, length, segments, HV, step, C: tl.constexpr, SEGMENT: tl.constexpr,
+    decay, gain, sums, sources, starts, counts, length, segments, step, HV: tl.constexpr, C: tl.constexpr,
+    SEGMENT: tl.constexpr,
 ):  # fmt: skip
     """sums and sources, one program per segment and value head; `step` is 0 for a decay per head. Log decays are
     bounded below where exp is zero anyway, so that -1e4 does not swamp the digits of the others."""
@@ -104,7 +94,7 @@ def prepare(
 @triton.jit(do_not_specialize=SIZES)
 def walk(
     x, y, z, sums, sources, scores, out, normal, entering, leaving, totals, states,
-    starts, counts, length, segments, H, HV, tiles, scale,
+    starts, counts, length, segments, tiles, scale, H: tl.constexpr, HV: tl.constexpr,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, SEGMENT: tl.constexpr,
     DT: tl.constexpr, PRECISION: tl.constexpr, DECAY: tl.constexpr, NORM: tl.constexpr, REVERSE: tl.constexpr,
     STAGES: tl.constexpr,
@@ -192,8 +182,8 @@ def walk(
 
 @triton.jit(do_not_specialize=SIZES)
 def carry(
-    initial, states, totals, final, cu_seqlens, first, length, segments, HV, K: tl.constexpr, W: tl.constexpr,
-    SEGMENT: tl.constexpr, BLOCK: tl.constexpr, DECAY: tl.constexpr, REVERSE: tl.constexpr,
+    initial, states, totals, final, cu_seqlens, first, length, segments, HV: tl.constexpr, K: tl.constexpr,
+    W: tl.constexpr, SEGMENT: tl.constexpr, BLOCK: tl.constexpr, DECAY: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
     """From the states that segments leave when they start from nothing, in place, to those that enter them; one program
     per sequence, value head and BLOCK numbers of a state."""
@@ -209,7 +199,7 @@ def carry(
     if initial is not None:
         state = tl.load(initial + place, mask=inside, other=0.0)
     count = tl.cdiv(size, SEGMENT)
-    for step in range(0, count):
+    for step in tl.range(0, count, num_stages=4):  # no state is stored before its load
         number = (segment + (count - 1 - step if REVERSE else step)) * HV + head
         own = tl.load(states + number * (K * W) + c, mask=inside, other=0.0)
         tl.store(states + number * (K * W) + c, state, mask=inside)
@@ -230,24 +220,24 @@ def _chunk(number, length, segments, per, starts, counts, C: tl.constexpr, SEGME
 
 
 @triton.jit
-def _fade(b, sums, row, count, stride, column, level, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr):
-    """[C, BK] of the decay between each token and the middle of its block of 2 << level tokens, and which tokens lie in
-    the second half."""
+def _meet(b, sums, row, count, stride, column, level, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr):
+    """Decays [C, BK] from some point to q and from k to it, and the pairs of tokens [C, C] that meet there: at the
+    border inside each block of 2 << level tokens those of its halves, or (level -1) tokens and themselves."""
     r = tl.arange(0, C)
     c = column + tl.arange(0, BK)
-    half = r >> level
-    second = half % 2 == 1
-    border = tl.minimum(((half | 1) << level) - 1, count - 1)
-    edge = tl.load(sums + row * stride + (border[:, None] * stride + c[None, :]), mask=(c < K)[None, :], other=0.0)
-    gap = tl.where(second[:, None], b - edge, edge - b)
-    return tl.exp(tl.minimum(gap, 0.0).to(tl.float32)), half, second
+    half = r >> tl.maximum(level, 0)
+    border = tl.minimum(tl.where(level < 0, r, ((half | 1) << tl.maximum(level, 0)) - 1), count - 1)
+    place = sums + row * stride + (border[:, None] * stride + c[None, :])
+    gap = (b - tl.load(place, mask=(c < K)[None, :], other=0.0)).to(tl.float32)
+    seen = (r[:, None] >= r[None, :]) & ((half[:, None] ^ half[None, :]) == tl.where(level < 0, 0, 1))
+    return tl.exp(tl.minimum(gap, 0.0)), tl.exp(tl.minimum(-gap, 0.0)), seen
 
 
 @triton.jit(do_not_specialize=SIZES)
 def scores(
-    q, k, decay, q_faded, k_faded, sums, out, starts, counts, length, segments, per, H, HV, step, scale,
-    K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, SEGMENT: tl.constexpr, LEVELS: tl.constexpr,
-    DT: tl.constexpr, PRECISION: tl.constexpr,
+    q, k, decay, q_faded, k_faded, sums, out, starts, counts, length, segments, per, step, scale, limit,
+    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, SEGMENT: tl.constexpr,
+    LEVELS: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """sums, q exp(b), k exp(b_C - b) and the scores inside a chunk under a decay per channel; one program per chunk and
     value head; `step` is 0 for a decay without tokens."""
@@ -257,36 +247,44 @@ def scores(
     if count > 0:
         r = tl.arange(0, C)
         result = tl.zeros([C, C], tl.float32)
-        own = tl.zeros([C], tl.float32)
         for column in range(0, K, BK):
             c = column + tl.arange(0, BK)
-            queries = load_rows(q + key_head * K, row, count, H * K, column, K, C, BK).to(tl.float32)
-            keys = load_rows(k + key_head * K, row, count, H * K, column, K, C, BK).to(tl.float32)
             place = decay + head * K + row * step + (r[:, None] * step + c[None, :])
             token = tl.load(place, mask=(r < count)[:, None] & (c < K)[None, :], other=0.0)
+            queries = load_rows(q + key_head * K, row, count, H * K, column, K, C, BK)
+            keys = load_rows(k + key_head * K, row, count, H * K, column, K, C, BK)
             token = tl.maximum(token, -120.0).to(sums.dtype.element_ty)
             b = tl.cumsum(token, 0)
+            last = tl.sum(token, 0)
             store_rows(sums + head * K, b, row, count, HV * K, column, K, C, BK)
-            rest = tl.exp((tl.sum(token, 0)[None, :] - b).to(tl.float32))
-            store_rows(q_faded + head * K, queries * tl.exp(b.to(tl.float32)), row, count, HV * K, column, K, C, BK)
-            store_rows(k_faded + head * K, keys * rest, row, count, HV * K, column, K, C, BK)
-            own += tl.sum(queries * keys, 1)
-            tl.debug_barrier()  # the sums are read back from other threads
-            for level in range(LEVELS):
-                factor, half, second = _fade(b, sums + head * K, row, count, HV * K, column, level, K, C, BK)
-                mixed = (factor * tl.where(second[:, None], queries, keys)).to(DT)
-                product = tl.dot(mixed, tl.trans(mixed), input_precision=PRECISION)
-                result += tl.where((half[:, None] == half[None, :] + 1) & second[:, None], product, 0.0)
-        result += tl.where(r[:, None] == r[None, :], own[:, None], 0.0)
+            left = queries.to(tl.float32) * tl.exp(b.to(tl.float32))
+            right = keys.to(tl.float32) * tl.exp((last[None, :] - b).to(tl.float32))
+            store_rows(q_faded + head * K, left, row, count, HV * K, column, K, C, BK)
+            store_rows(k_faded + head * K, right, row, count, HV * K, column, K, C, BK)
+            if tl.min(last) >= -limit:
+                lift = tl.exp(last.to(tl.float32) * -0.5)[None, :]
+                result += tl.dot((left * lift).to(DT), tl.trans((right * lift).to(DT)), input_precision=PRECISION)
+                result = tl.where(r[:, None] >= r[None, :], result, 0.0)
+            else:
+                tl.debug_barrier()  # the sums are read back from other threads
+                for level in range(-1, LEVELS):
+                    again = row + (level + 1 >> 8)  # the same, unknown to compilers: to load again beats to hold
+                    b = load_rows(sums + head * K, again, count, HV * K, column, K, C, BK)
+                    queries = load_rows(q + key_head * K, again, count, H * K, column, K, C, BK)
+                    keys = load_rows(k + key_head * K, again, count, H * K, column, K, C, BK)
+                    near, far, seen = _meet(b, sums + head * K, again, count, HV * K, column, level, K, C, BK)
+                    near, far = (queries * near).to(DT), (keys * far).to(DT)
+                    result += tl.where(seen, tl.dot(near, tl.trans(far), input_precision=PRECISION), 0.0)
         store_rows(out + head * C, scale * result, row, count, HV * C, 0, C, C, C)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def gradients(
-    q, k, v, do, sums, sources, d_normal, entering, leaving, dq, dk, ddecay, dgain,
-    starts, counts, length, segments, per, H, HV, tiles, scale,
+    q, k, x, y, v, do, sums, sources, d_normal, entering, leaving, dq, dk, ddecay, dgain,
+    starts, counts, length, segments, per, tiles, scale, limit, H: tl.constexpr, HV: tl.constexpr,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, SEGMENT: tl.constexpr,
     LEVELS: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr, DECAY: tl.constexpr, NORM: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """dq, dk and, unless None, the gradients of the log decay and gain of every token: per channel, or the share that a
     tile of K has in them. One program per chunk, value head and tile of K. `entering` has the state before each chunk,
@@ -296,6 +294,8 @@ def gradients(
     column = tile * BK
     head = pid // tiles % HV
     key_head = head // (HV // H)
+    HX: tl.constexpr = HV if DECAY == 2 else H  # of readers x and writers y
+    x_head = head if DECAY == 2 else key_head
     W: tl.constexpr = V + 8 * NORM
     row, count, slot = _chunk(pid // tiles // HV, length, segments, per, starts, counts, C, SEGMENT)
     if count > 0:
@@ -307,7 +307,7 @@ def gradients(
         outputs = tl.zeros([C, C], tl.float32)
         inputs = tl.zeros([C, C], tl.float32)
         carried = tl.zeros([BK], tl.float32)
-        for start in range(0, V, BV):
+        for start in tl.range(0, V, BV, num_stages=STAGES):
             e = start + tl.arange(0, BV)
             seen = (c < K)[:, None] & (e < V)[None, :]
             grad = load_rows(do + head * V, row, count, HV * V, start, V, C, BV).to(DT)
@@ -329,55 +329,69 @@ def gradients(
             d_key += dn[None, :]
             inputs += ones[None, :]
             carried += n * dn
-        queries = load_rows(q + key_head * K, row, count, H * K, column, K, C, BK).to(tl.float32)
-        keys = load_rows(k + key_head * K, row, count, H * K, column, K, C, BK).to(tl.float32)
-        if DECAY == 2:
-            b = load_rows(sums + head * K, row, count, HV * K, column, K, C, BK)
-            last = tl.load(sums + ((row + count - 1) * HV + head) * K + c, mask=c < K, other=0.0)
-            d_query = d_query * (scale * tl.exp(b.to(tl.float32)))
-            d_key = d_key * tl.exp(tl.minimum(last[None, :] - b, 0.0).to(tl.float32))
-        else:
+        readers = load_rows(x + x_head * K, row, count, HX * K, column, K, C, BK).to(DT)
+        writers = load_rows(y + x_head * K, row, count, HX * K, column, K, C, BK).to(DT)
+        if DECAY < 2:
             b, last, a = _load_factors(sums, sources, row, count, HV, head, C, DECAY)
             d_query = d_query * (scale * _exp(b))[:, None]
             d_key = d_key * _exp(last - a)[:, None]
-        reads = queries * d_query
-        writes = keys * d_key
-        carried = _exp(last) * carried
-        if DECAY < 2:
+            if ddecay is not None:
+                read = tl.sum(readers.to(tl.float32) * d_query, 1)
+                written = tl.sum(writers.to(tl.float32) * d_key, 1)
             outputs = outputs * _between(b, a, scale, C, False)
             inputs = inputs * _between(b, a, scale, C, True)
-            d_query += tl.dot(outputs.to(DT), keys.to(DT), input_precision=PRECISION)
-            d_key += tl.dot(inputs.to(DT), queries.to(DT), input_precision=PRECISION)
+            d_query = tl.dot(outputs.to(DT), writers, d_query, input_precision=PRECISION)
+            d_key = tl.dot(inputs.to(DT), readers, d_key, input_precision=PRECISION)
             if ddecay is not None:
                 place = ((row + r) * HV + head) * tiles + tile
-                read = tl.sum(reads, 1)
-                written = tl.sum(writes, 1)
-                outputs *= tl.dot(queries.to(DT), tl.trans(keys.to(DT)), input_precision=PRECISION)
-                passing = _weigh(tl.where(r[:, None] <= r[None, :], 1.0, 0.0), outputs, DT, PRECISION)
-                d_decay = tl.sum(tl.where(r[:, None] > r[None, :], passing, 0.0), 1) + tl.sum(carried, 0)
-                d_decay += tl.sum(tl.where(r[:, None] >= r[None, :], read[:, None], written[:, None]), 0)
-                tl.store(ddecay + place, d_decay, mask=r < count)
+                outputs *= tl.dot(readers, tl.trans(writers), input_precision=PRECISION)
+                pairs = tl.where(r[:, None] > r[None, :], outputs, 0.0)
+                read += tl.sum(pairs, 1) - tl.sum(pairs, 0)
+                d_decay = tl.sum(tl.where(r[:, None] >= r[None, :], read[:, None], written[:, None]), 0)
+                tl.store(ddecay + place, d_decay + tl.sum(_exp(last) * carried, 0), mask=r < count)
                 if dgain is not None:
                     tl.store(dgain + place, written + tl.sum(outputs, 0), mask=r < count)
         else:
-            d_decay = tl.cumsum(reads, 0, reverse=True) + (tl.cumsum(writes, 0) - writes) + carried[None, :]
-            own = scale * tl.sum(tl.where(r[:, None] == r[None, :], outputs, 0.0), 1)
-            for level in range(LEVELS):
-                factor, half, second = _fade(b, sums + head * K, row, count, HV * K, column, level, K, C, BK)
-                mixed = factor * tl.where(second[:, None], queries, keys)
-                weights = tl.where((half[:, None] == half[None, :] + 1) & second[:, None], outputs, 0.0)
-                weights += tl.where((half[None, :] == half[:, None] + 1) & second[None, :], inputs, 0.0)
-                share = factor * tl.dot((scale * weights).to(DT), mixed.to(DT), input_precision=PRECISION)
-                d_query += tl.where(second[:, None], share, 0.0)
-                d_key += tl.where(second[:, None], 0.0, share)
+            last = tl.load(sums + ((row + count - 1) * HV + head) * K + c, mask=c < K, other=0.0)
+            end = tl.exp(last.to(tl.float32))
+            carried *= end
+            if tl.min(last) >= -limit:  # readers and writers bear exp(b) and exp(b_C - b): pairs lack exp(-b_C)
+                weights = tl.where(r[:, None] >= r[None, :], scale * outputs, 0.0).to(DT)
+                d_query = tl.dot(weights, writers, d_query * (scale * end)[None, :], input_precision=PRECISION)
+                carried += tl.sum(writers.to(tl.float32) * d_key, 0)
+                weights = tl.where(r[:, None] <= r[None, :], scale * inputs, 0.0).to(DT)
+                d_key = tl.dot(weights, readers, d_key * end[None, :], input_precision=PRECISION)
+                if ddecay is not None:  # what does not pass a token cancels, the same digits from both sides
+                    d_decay = readers.to(tl.float32) * d_query - writers.to(tl.float32) * d_key
+                    d_decay = tl.cumsum(d_decay, 0, reverse=True) / end[None, :] + carried[None, :]
+                    store_rows(ddecay + head * K, d_decay, row, count, HV * K, column, K, C, BK)
+                b = load_rows(sums + head * K, row, count, HV * K, column, K, C, BK)
+                d_query *= tl.exp((b - last[None, :]).to(tl.float32))
+                d_key *= tl.exp(-b.to(tl.float32))
+            else:
+                b = load_rows(sums + head * K, row, count, HV * K, column, K, C, BK)
+                flow = scale * readers.to(tl.float32) * d_query
+                d_decay = writers.to(tl.float32) * d_key
+                d_decay = tl.cumsum(d_decay, 0) - d_decay + carried[None, :]
+                d_query = d_query * (scale * tl.exp(b.to(tl.float32)))
+                d_key = d_key * tl.exp(tl.minimum(last[None, :] - b, 0.0).to(tl.float32))
+                for level in range(-1, LEVELS):
+                    again = row + (level + 1 >> 8)
+                    b = load_rows(sums + head * K, again, count, HV * K, column, K, C, BK)
+                    left = load_rows(q + key_head * K, again, count, H * K, column, K, C, BK)
+                    right = load_rows(k + key_head * K, again, count, H * K, column, K, C, BK)
+                    near, far, seen = _meet(b, sums + head * K, again, count, HV * K, column, level, K, C, BK)
+                    left, right = (left * near).to(DT), (right * far).to(DT)
+                    weights = tl.where(seen, scale * outputs, 0.0).to(DT)
+                    by_query = tl.dot(weights, right, input_precision=PRECISION)
+                    weights = tl.where(tl.trans(seen), scale * inputs, 0.0).to(DT)
+                    by_key = tl.dot(weights, left, input_precision=PRECISION)
+                    d_query += near * by_query
+                    d_key += far * by_key
+                    flow += left.to(tl.float32) * by_query - right.to(tl.float32) * by_key
                 if ddecay is not None:
-                    passed = tl.where(second[:, None], r[None, :] >= r[:, None], r[None, :] < r[:, None])
-                    passed = tl.where(passed & (half[:, None] == half[None, :]), 1.0, 0.0)
-                    d_decay += _weigh(passed, share * tl.where(second[:, None], queries, keys), DT, PRECISION)
-            d_query += own[:, None] * keys
-            d_key += own[:, None] * queries
-            if ddecay is not None:
-                store_rows(ddecay + head * K, d_decay, row, count, HV * K, column, K, C, BK)
+                    d_decay += tl.cumsum(flow, 0, reverse=True)
+                    store_rows(ddecay + head * K, d_decay, row, count, HV * K, column, K, C, BK)
         store_rows(dq + head * K, d_query, row, count, HV * K, column, K, C, BK)
         if leaving is not None:
             store_rows(dk + head * K, d_key, row, count, HV * K, column, K, C, BK)
