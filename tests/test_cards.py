@@ -114,11 +114,15 @@ def test_state_of_softmax_grows_and_of_the_recurrence_does_not() -> None:
     assert len(set(rows["transformer"]["tiny"])) == 3
 
 
-@pytest.mark.parametrize(("number", "text"), [(999, "999"), (4_000_000, "4M"), (1_316_818_944, "1.32B")])
+@pytest.mark.parametrize(
+    ("number", "text"), [(999, "999"), (4_000_000, "4M"), (999_885_952, "1B"), (1_316_818_944, "1.32B")]
+)
 def test_counts(number: int, text: str) -> None:
     assert cards.count_text(number) == text
 
 
-@pytest.mark.parametrize(("number", "text"), [(12, "12 B"), (8_400_000, "8.4 MB"), (2_500_000_000, "2.5 GB")])
+@pytest.mark.parametrize(
+    ("number", "text"), [(12, "12 B"), (8_400_000, "8.4 MB"), (999_600, "1 MB"), (2_500_000_000, "2.5 GB")]
+)
 def test_sizes(number: int, text: str) -> None:
     assert cards.bytes_text(number) == text

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 README = "README"
 LENGTHS = {"1k": 1024, "32k": 32768, "1M": 1048576}  # tokens
+ROUNDS_UP = 0.9995  # with three digits this share of a unit is already one
 KINDS = ("architectures", "mixers", "channels", "blocks", "kernels", "sources", "evals", "checkpoints")
 
 
@@ -78,11 +79,11 @@ def _preset_row(name: str, preset: str) -> tuple[str, ...]:
     import torch
 
     from zoo import loading
-    from zoo.architectures.core.modeling import ZooForCausalLM
+    from zoo.architectures.core.modeling import model_class
 
     config = loading.config(name, preset=preset)
     with torch.device("meta"):
-        model = ZooForCausalLM(config)
+        model = model_class(config)(config)
     model.tie_weights()
     parameters = sum(parameter.numel() for parameter in model.parameters())
     states = [bytes_text(model.state_bytes(length, 2)) for length in LENGTHS.values()]
@@ -181,7 +182,7 @@ def markdown(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
 def count_text(number: int) -> str:
     """1316818944 -> 1.32B."""
     for size, suffix in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if number >= size:
+        if number >= ROUNDS_UP * size:
             return f"{number / size:.3g}{suffix}"
     return str(number)
 
@@ -189,7 +190,7 @@ def count_text(number: int) -> str:
 def bytes_text(number: int) -> str:
     """Bytes in decimal units: 4000000 -> 4 MB."""
     for size, suffix in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if number >= size:
+        if number >= ROUNDS_UP * size:
             return f"{number / size:.3g} {suffix}"
     return f"{number} B"
 

@@ -9,7 +9,7 @@ from zoo import registry
 from zoo.architectures.core.config import DecoderConfig
 from zoo.architectures.core.hub import resolve
 from zoo.architectures.core.load import from_pretrained, save, tokenizer
-from zoo.architectures.core.modeling import ZooForCausalLM
+from zoo.architectures.core.modeling import ZooForCausalLM, ZooForMaskedLM, model_class
 from zoo.architectures.core.zoo_config import ZooConfig
 from zoo.errors import ZooError
 
@@ -35,9 +35,13 @@ def config(architecture: str, preset: str = "tiny", **overrides: Any) -> ZooConf
     return ZooConfig.from_decoder(_layout(module.layout, {**module.PRESETS[preset], **overrides}), architecture)
 
 
-def create(architecture: str, preset: str = "tiny", **overrides: Any) -> ZooForCausalLM:
-    """A model with random weights (`torch.manual_seed` decides them); the arguments are those of `config`."""
-    return ZooForCausalLM(config(architecture, preset, **overrides)).eval()
+def create(architecture: str, preset: str = "tiny", **overrides: Any) -> ZooForCausalLM | ZooForMaskedLM:
+    """A model with random weights (`torch.manual_seed` decides them); the arguments are those of `config`.
+
+    An architecture that sees tokens to come gives a masked language model.
+    """
+    made = config(architecture, preset, **overrides)
+    return model_class(made)(made).eval()
 
 
 def _layout(layout: Any, arguments: dict[str, Any]) -> DecoderConfig:

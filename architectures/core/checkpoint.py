@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from zoo.architectures.core import quantized
 from zoo.errors import ZooError
 
 DTYPES = {
@@ -63,22 +64,39 @@ class Checkpoint:
         self.config = read_json(self.path / "config.json", "config")
         self._pickled: dict[Path, Mapping[str, Tensor]] = {}
         self._open: dict[Path, Any] = {}
-        self.tensors: dict[str, TensorInfo] = dict(self._scan())
+        self._stored: dict[str, TensorInfo] = dict(self._scan())
+        try:
+            expanded = self._named_dtype or torch.bfloat16
+            self.tensors, self._packed = quantized.packed(self.config, self._stored, expanded)
+        except ZooError as error:
+            raise ZooError(f"{self.path}: {error}") from None
 
     @property
     def dtype(self) -> torch.dtype:
         """That of the config, else that of the first floating-point tensor, as in transformers."""
+        first = (info.dtype for info in self.tensors.values() if info.dtype.is_floating_point)
+        return self._named_dtype or next(first, torch.float32)
+
+    @property
+    def _named_dtype(self) -> torch.dtype | None:
         named = self.config.get("dtype") or self.config.get("torch_dtype")
-        if isinstance(named, str) and isinstance(getattr(torch, named, None), torch.dtype):
-            dtype: torch.dtype = getattr(torch, named)
-            return dtype
-        return next((info.dtype for info in self.tensors.values() if info.dtype.is_floating_point), torch.float32)
+        dtype = getattr(torch, named, None) if isinstance(named, str) else None
+        return dtype if isinstance(dtype, torch.dtype) else None
 
     def get(self, name: str) -> Tensor:
-        """The tensor `name`, memory-mapped: clone before writing to it. An unknown name raises `ZooError`."""
+        """The tensor `name`, memory-mapped: clone before writing to it. An unknown name raises `ZooError`.
+
+        One that is stored quantised is expanded anew by every call.
+        """
         if name not in self.tensors:
             raise ZooError(f"{self.path} has no tensor {name!r}; it holds {len(self.tensors)} others")
-        file = self.tensors[name].file
+        if name in self._packed:
+            each = self._packed[name]
+            return each.expand(*(self._read(source) for source in each.sources))
+        return self._read(name)
+
+    def _read(self, name: str) -> Tensor:
+        file = self._stored[name].file
         if file in self._pickled:
             return self._pickled[file][name]
         if file not in self._open:

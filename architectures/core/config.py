@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 from zoo import registry
 from zoo.errors import ZooError
 
-NORMS = ("rms", "rms_one_plus", "layer", "l2")
+NORMS = ("rms", "rms_one_plus", "rms_plain", "layer", "l2")
+UNWEIGHTED = ("rms_plain", "l2")  # norms without parameters
 EMBEDDINGS = "embeddings"  # a value that the decoder writes: what enters the first layer
 T = TypeVar("T")
 
@@ -24,7 +25,8 @@ def _freeze(value: Mapping[str, Any]) -> Mapping[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class Norm:
-    """Normalisation of the residual stream: `kind` is one of rms, rms_one_plus, layer, l2; `bias` is that of layer."""
+    """Normalisation of the residual stream: `kind` is one of rms, rms_one_plus, rms_plain (no weight), layer, l2;
+    `bias` is that of layer."""
 
     kind: str = "rms"
     eps: float = 1e-6
@@ -130,7 +132,11 @@ class DecoderConfig:
     def _validate_layers(self) -> None:
         written = {EMBEDDINGS}
         for index, layer in enumerate(self.layers):
-            registry.load("blocks", layer.block)
+            block = registry.get("blocks", layer.block, "MODULE")
+            try:
+                block.parse(layer.block_args).check(self)
+            except ZooError as error:
+                raise ZooError(f"layer {index} (block {layer.block}): {error}") from None
             for kind, name, args in (
                 ("mixers", layer.mixer, layer.mixer_args),
                 ("channels", layer.channel, layer.channel_args),
@@ -166,14 +172,20 @@ class DecoderConfig:
 
 
 def build(cls: type[T], values: Mapping[str, Any]) -> T:
-    """Construct a dataclass from a mapping, refusing unknown and missing fields by name."""
+    """Construct a dataclass from a mapping, refusing unknown and missing fields by name; JSON's lists become tuples."""
     known = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
     if unknown := sorted(set(values) - set(known)):
         raise ZooError(f"unknown argument {unknown[0]!r}; {cls.__qualname__} takes {', '.join(known)}")
     try:
-        return cls(**values)
+        return cls(**{name: _tupled(value) for name, value in values.items()})
     except TypeError as error:
         raise ZooError(f"{cls.__qualname__}: {error}") from None
+
+
+def _tupled(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return tuple(_tupled(item) for item in value)
+    return {key: _tupled(item) for key, item in value.items()} if isinstance(value, Mapping) else value
 
 
 def _plain(value: Any) -> Any:

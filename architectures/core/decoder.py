@@ -22,6 +22,7 @@ from zoo.architectures.core.config import EMBEDDINGS, DecoderConfig
 from zoo.architectures.core.mixer import Context, Phase
 from zoo.architectures.core.norms import make_norm
 from zoo.architectures.core.rope import RotaryTable
+from zoo.errors import ZooError
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,12 @@ class Decoder:
     norm: nn.Module
 
     def build(self, config: DecoderConfig, causal: bool = True) -> None:
-        """Make the submodules."""
+        """Make the submodules.
+
+        Raises:
+            ZooError: a mixer that cannot look in the direction of this model.
+        """
+        check_direction(config, causal)
         self.decoder_config, self.causal = config, causal
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         if config.embed.learned_positions:
@@ -99,6 +105,8 @@ class Decoder:
         cu_seqlens = batch.cu_seqlens
         if cu_seqlens is None and cache is None and mask is None:
             cu_seqlens = boundaries(batch.position_ids)
+        if cu_seqlens is not None:
+            self._check_packed()
         return Context(
             phase=batch.phase or ("train" if layer is None else "decode" if layer.started else "prefill"),
             positions=positions,
@@ -110,9 +118,37 @@ class Decoder:
             eager=eager,
         )
 
+    def _check_packed(self) -> None:
+        blocks = cast(Iterable[Block], self.layers)
+        parts = (part for block in blocks for part in (block.mixer, block.channel) if part is not None)
+        if names := sorted({type(part).__name__ for part in parts if not part.packed}):
+            raise ValueError(f"{', '.join(names)} cannot keep packed sequences apart; give every sequence a row")
+
     def state_bytes(self, length: int, itemsize: int = 2) -> int:
         """Bytes of cache for one sequence of `length` tokens, all layers."""
         return sum(cast(Block, layer).state_bytes(length, itemsize) for layer in self.layers)
+
+
+def encoder_only(config: DecoderConfig) -> bool:
+    """Whether some layer sees tokens to come whatever it is asked, so that only a masked language model can use it."""
+    return any(registry.get("mixers", x.mixer, "MODULE").encoder_only for x in config.layers if x.mixer is not None)
+
+
+def check_direction(config: DecoderConfig, causal: bool) -> None:
+    """Raise `ZooError` for a mixer that looks ahead in a causal model, or only back in a bidirectional one."""
+    for index, layer in enumerate(config.layers):
+        if layer.mixer is None:
+            continue
+        cls = registry.get("mixers", layer.mixer, "MODULE")
+        if causal and cls.encoder_only:
+            raise ZooError(
+                f"layer {index} ({layer.mixer}) sees tokens to come and cannot predict them; use ZooForMaskedLM"
+            )
+        if not causal and not (cls.encoder_only or cls.bidirectional):
+            raise ZooError(
+                f"layer {index} ({layer.mixer}) only looks back; a masked language model needs mixers that see both "
+                "sides, such as attention"
+            )
 
 
 def share_submodules(blocks: list[Any], config: DecoderConfig) -> dict[str, str]:

@@ -2,7 +2,8 @@
 
 The owner of a format is an architecture or a source module. It exports
 `matches(config: dict) -> bool`, `decoder(config: dict) -> DecoderConfig`, `ARCHITECTURE` (the name of ours that it
-reads as), `RULES` or `rules(config: dict)`, and, for saving back, `published(decoder, config: dict) -> dict`, the
+reads as), `RULES` or `rules(config: dict)`, `complete(config, tensors) -> dict` where a config leaves sizes to the
+shapes of the tensors, and, for saving back, `published(decoder, config: dict) -> dict`, the
 published `config.json`.
 """
 
@@ -98,16 +99,25 @@ def read(path: Path) -> Canonical:
     module = owner(checkpoint.config)
     name = module.__name__.rpartition(".")[2]
     try:
-        decoder = module.decoder(checkpoint.config)
-        made = steps(rules_of(module, checkpoint.config), checkpoint.tensors)
+        published = _completed(module, checkpoint)
+        decoder, rules = module.decoder(published), rules_of(module, published)
+        made = steps(rules, checkpoint.tensors)
     except KeyError as error:
         raise ZooError(f"config {path / 'config.json'} lacks {error.args[0]!r}; it is not a {name} config") from None
     except ZooError as error:
         raise ZooError(f"{path}: {error}") from None
     config = zoo_config(decoder, module.ARCHITECTURE, checkpoint.config, checkpoint.dtype, name)
     check_tensors(config, {target: step.shape for target, step in made.items()}, path)
-    _check_duplicates(checkpoint, rules_of(module, checkpoint.config))
+    _check_duplicates(checkpoint, rules)
     return Canonical(checkpoint, config, name, made)
+
+
+def _completed(module: ModuleType, checkpoint: Checkpoint) -> Mapping[str, Any]:
+    """The config, with the sizes that an owner with `complete` reads off the tensors' shapes."""
+    if not hasattr(module, "complete"):
+        return checkpoint.config
+    completed: dict[str, Any] = module.complete(checkpoint.config, checkpoint.tensors)
+    return completed
 
 
 def zoo_config(
@@ -116,16 +126,17 @@ def zoo_config(
     """Our config of a published one; `source_format` remembers the owner, for saving back."""
     from zoo.architectures.core.zoo_config import ZooConfig
 
-    fields = {name: published[name] for name in CARRIED if published.get(name) is not None}
+    given = {**(published.get("text_config") or {}), **{k: v for k, v in published.items() if v is not None}}
+    fields = {name: given[name] for name in CARRIED if given.get(name) is not None}
     return ZooConfig.from_decoder(decoder, architecture, source_format=source, dtype=dtype, **fields)
 
 
 def expected_tensors(config: ZooConfig) -> dict[str, Tensor]:
     """Every parameter of the model of `config`, on the meta device; a tied one appears once, under its first name."""
-    from zoo.architectures.core.modeling import ZooForCausalLM
+    from zoo.architectures.core.modeling import model_class
 
     with torch.device("meta"):
-        model = ZooForCausalLM(config)
+        model = model_class(config)(config)
     tied = set(model.all_tied_weights_keys)
     return {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from zoo.architectures.core import mixer
 from zoo.architectures.core.cache import LayerCache
+from zoo.architectures.core.cache_view import CacheView
 from zoo.architectures.core.config import DecoderConfig, Norm
 from zoo.architectures.core.mixer import Context, Mixer, grouped, wide, wide_dtype
 from zoo.architectures.core.norms import make_norm
@@ -34,13 +35,15 @@ def recur(
     v: Tensor,
     decay: Tensor | None,
     ctx: Context,
-    cache: LayerCache | None,
+    cache: LayerCache | CacheView | None,
     *,
     normalize: Literal["sum"] | None = None,
     scale: float | None = None,
+    bonus: Tensor | None = None,
+    value_decay: Tensor | None = None,
 ) -> Tensor:
     """`linear_attention` of `q, k [B, T, H, K]` and `v [B, T, Hv, V]`; the cache's `state` is continued and kept."""
-    args: dict[str, Any] = {"normalize": normalize, "scale": scale}
+    args: dict[str, Any] = {"normalize": normalize, "scale": scale, "bonus": bonus, "value_decay": value_decay}
     if cache is None:
         return linear_attention(q, k, v, decay, cu_seqlens=ctx.cu_seqlens, **args)[0]
     shape = (q.shape[0], v.shape[2], q.shape[3], v.shape[3] + (normalize == "sum"))

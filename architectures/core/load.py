@@ -34,7 +34,7 @@ class Deferred:
 
     def __getitem__(self, index: Any) -> Tensor:
         # a copy of the mapped file: a later change of the file must not reach the model
-        return self._make().clone()[index]
+        return self._make().clone(memory_format=torch.contiguous_format)[index]
 
     def is_floating_point(self) -> bool:
         return self.dtype.is_floating_point
@@ -72,7 +72,7 @@ def assemble(config: ZooConfig, state: Mapping[str, Deferred], **kwargs: Any) ->
     """The model of `config` with the weights `state`, and transformers' loading report."""
     from zoo.architectures.core import modeling
 
-    cls = modeling.ZooForMaskedLM if getattr(config, "bidirectional", False) else modeling.ZooForCausalLM
+    cls = modeling.model_class(config)
     model, info = cls.from_pretrained(None, config=config, state_dict=dict(state), output_loading_info=True, **kwargs)
     return model, info
 

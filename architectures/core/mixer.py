@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 Phase = Literal["train", "prefill", "decode"]
 Output = Tensor | tuple[Tensor, dict[str, Tensor]]
+TensorT = TypeVar("TensorT", bound=Tensor)
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,7 @@ class Context:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
 class Args:
     """Base of the argument dataclasses of mixers and channels."""
 
@@ -100,6 +102,7 @@ class Part(nn.Module):
     rollback: ClassVar[bool] = True  # its cache can go back within the last call
     phase_consistent: ClassVar[bool] = True  # prefill + decode compute the same function as one forward
     encoder_only: ClassVar[bool] = False  # sees tokens to come: for masked language models alone
+    bidirectional: ClassVar[bool] = False  # a mixer that can also see tokens to come, when `ctx.causal` is False
 
     @classmethod
     def parse(cls, args: Mapping[str, Any]) -> Any:
@@ -142,7 +145,7 @@ class Mixer(Part):
     def default_args(cls, hidden_size: int, heads: int) -> dict[str, Any]:
         """What a layout string that names this mixer alone means: the sizes that `Args` requires."""
         usual = {"heads": heads, "head_dim": hidden_size // heads}
-        required = (f.name for f in fields(cls.options) if f.default is MISSING)  # type: ignore[arg-type]
+        required = (f.name for f in fields(cls.options) if f.default is MISSING)
         return {name: usual[name] for name in required if name in usual}
 
     @classmethod
@@ -168,8 +171,8 @@ def narrow_values(values: Mapping[str, Tensor], tokens: int, length: int) -> dic
     return {name: value[:, : value.shape[1] - tokens + length] for name, value in values.items()}
 
 
-def keep_fp32(parameter: nn.Parameter) -> nn.Parameter:
-    """Mark a decay parameter: it stays fp32 under bf16 and gets no weight decay."""
+def keep_fp32(parameter: TensorT) -> TensorT:
+    """Mark a decay parameter, or a buffer: it stays fp32 under bf16 and gets no weight decay."""
     parameter._zoo_fp32 = True  # type: ignore[attr-defined]
     parameter._no_weight_decay = True  # type: ignore[attr-defined]
     return parameter

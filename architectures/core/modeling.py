@@ -5,6 +5,7 @@ B batch, T new tokens, V vocabulary, D hidden size.
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from zoo.architectures.core import adopt
 from zoo.architectures.core.block import Block
-from zoo.architectures.core.decoder import Batch, Decoder, prepare_cache
+from zoo.architectures.core.decoder import Batch, Decoder, encoder_only, prepare_cache
 from zoo.architectures.core.mixer import Part, Phase
 from zoo.architectures.core.norms import OnePlusRMSNorm
 from zoo.architectures.core.recurrent import ConvStates
@@ -53,6 +54,16 @@ class ZooPreTrainedModel(PreTrainedModel):
             module.init_weights(self.config.initializer_range)
         else:
             super()._init_weights(module)
+
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+        # every part initialises by transformers' functions; as custom code one without parameters of its own is skipped
+        super()._initialize_weights(module)
+
+    def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
+        """As in transformers, but parts that layers share are one whether or not the head is tied to the embedding."""
+        if all_submodels:
+            return super().get_expanded_tied_weights_keys(all_submodels=True)
+        return dict(self._tied_weights_keys or {})
 
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
@@ -209,9 +220,16 @@ class ZooForMaskedLM(_Head):
         return MaskedLMOutput(loss=loss, logits=logits, hidden_states=out.hidden_states)
 
 
+def model_class(config: ZooConfig) -> type[ZooForCausalLM] | type[ZooForMaskedLM]:
+    """The class of the models of `config`: masked if it says so or if a mixer of it sees tokens to come."""
+    masked = getattr(config, "bidirectional", False) or encoder_only(config.decoder_config)
+    return ZooForMaskedLM if masked else ZooForCausalLM
+
+
 def _fp32_names(model: nn.Module) -> set[str]:
-    """Last names of the parameters that mixers keep in fp32."""
-    return {name.rpartition(".")[2] for name, p in model.named_parameters() if getattr(p, "_zoo_fp32", False)}
+    """Last names of the parameters and buffers that mixers and channels keep in fp32."""
+    tensors = chain(model.named_parameters(), model.named_buffers())
+    return {name.rpartition(".")[2] for name, tensor in tensors if getattr(tensor, "_zoo_fp32", False)}
 
 
 def _shared_weights(model: ZooModel) -> dict[str, str]:

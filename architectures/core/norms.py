@@ -36,6 +36,17 @@ class OnePlusRMSNorm(nn.Module):
         return (normed * (1.0 + wide(self.weight))).to(x.dtype)
 
 
+class PlainRMSNorm(nn.Module):
+    """`x / rms(x)`, without parameters (SimpleRMSNorm of TransNormerLLM)."""
+
+    def __init__(self, dim: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(wide(x), (x.shape[-1],), eps=self.eps).to(x.dtype)
+
+
 class L2Norm(nn.Module):
     """`x / |x|`, without parameters."""
 
@@ -52,4 +63,12 @@ def make_norm(norm: Norm, dim: int) -> nn.Module:
     """The module for `norm` over `dim` channels."""
     if norm.kind == "layer":
         return nn.LayerNorm(dim, eps=norm.eps, bias=norm.bias)
-    return {"rms": RMSNorm, "rms_one_plus": OnePlusRMSNorm, "l2": L2Norm}[norm.kind](dim, norm.eps)
+    kinds = {"rms": RMSNorm, "rms_one_plus": OnePlusRMSNorm, "rms_plain": PlainRMSNorm, "l2": L2Norm}
+    return kinds[norm.kind](dim, norm.eps)
+
+
+def head_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    """Layer norm of each head of `x [..., H, V]` in fp32, then `weight` and `bias` `[H * V]`: `[..., H * V]` in x's
+    dtype."""
+    y = F.layer_norm(wide(x), (x.shape[-1],), eps=eps).flatten(-2) * wide(weight)
+    return (y if bias is None else y + wide(bias)).to(x.dtype)

@@ -67,6 +67,16 @@ def part(tensors: Sequence[Tensor], *, dim: int, index: int, of: int) -> Tensor:
     return copy(tensors).unflatten(dim, (of, -1)).select(dim, index)
 
 
+def band(tensors: Sequence[Tensor], *, groups: int, start: int, stop: int) -> Tensor:
+    """Rows `start:stop` of each of `groups` equal parts."""
+    return copy(tensors).unflatten(0, (groups, -1))[:, start:stop].flatten(0, 1)
+
+
+def weave(tensors: Sequence[Tensor], *, groups: int) -> Tensor:
+    """`groups` equal parts of every tensor: the first parts of all, then the second ones, ..."""
+    return torch.cat([tensor.unflatten(0, (groups, -1)) for tensor in tensors], dim=1).flatten(0, 1)
+
+
 def concat(tensors: Sequence[Tensor], *, dim: int) -> Tensor:
     """All tensors, one after the other along `dim`."""
     return torch.cat(list(tensors), dim=dim)
@@ -77,10 +87,10 @@ def transpose(tensors: Sequence[Tensor], *, dims: Sequence[int]) -> Tensor:
     return copy(tensors).permute(*dims)
 
 
-def pair(tensors: Sequence[Tensor], *, head_dim: int, to: str) -> Tensor:
+def pair(tensors: Sequence[Tensor], *, head_dim: int, to: str, dim: int = 0) -> Tensor:
     """Rows of each head reordered to a rotary pairing: `half` pairs i with i + d/2, `interleaved` 2i with 2i + 1."""
     shape = (-1, head_dim // 2, 2) if to == "half" else (-1, 2, head_dim // 2)
-    return copy(tensors).unflatten(0, shape).transpose(1, 2).flatten(0, 2)
+    return copy(tensors).unflatten(dim, shape).transpose(dim + 1, dim + 2).flatten(dim, dim + 2)
 
 
 def add(tensors: Sequence[Tensor], *, value: float) -> Tensor:
@@ -94,9 +104,36 @@ def stack(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack(list(tensors))
 
 
+def fold(tensors: Sequence[Tensor], *, of: int) -> Tensor:
+    """`[N * of, R, ...] -> [N, of * R, ...]`: every `of` entries one after the other along the second axis."""
+    return copy(tensors).unflatten(0, (-1, of)).flatten(1, 2)
+
+
 def take(tensors: Sequence[Tensor], *, index: int) -> Tensor:
     """Entry `index` of the first axis."""
     return copy(tensors)[index]
+
+
+def reshape(tensors: Sequence[Tensor], *, shape: Sequence[int]) -> Tensor:
+    """The same numbers in another shape; -1 stands for what is left."""
+    return copy(tensors).reshape(*shape)
+
+
+def negate(tensors: Sequence[Tensor]) -> Tensor:
+    """With the other sign."""
+    return -copy(tensors)
+
+
+def log(tensors: Sequence[Tensor]) -> Tensor:
+    """The natural logarithm, computed in fp32."""
+    tensor = copy(tensors)
+    return tensor.float().log().to(tensor.dtype)
+
+
+def exp(tensors: Sequence[Tensor]) -> Tensor:
+    """The exponential, computed in fp32."""
+    tensor = copy(tensors)
+    return tensor.float().exp().to(tensor.dtype)
 
 
 OPERATIONS: dict[str, Callable[..., Tensor]] = {
@@ -105,12 +142,19 @@ OPERATIONS: dict[str, Callable[..., Tensor]] = {
     "select_heads": select_heads,
     "slice": slice_,
     "part": part,
+    "band": band,
+    "weave": weave,
     "concat": concat,
     "transpose": transpose,
     "pair": pair,
     "add": add,
     "stack": stack,
+    "fold": fold,
     "take": take,
+    "reshape": reshape,
+    "negate": negate,
+    "log": log,
+    "exp": exp,
 }
 
 
@@ -161,6 +205,18 @@ def _values(shape: Shape, generator: torch.Generator, values: Sequence[float]) -
     return torch.tensor(values, dtype=torch.float32)
 
 
+def orthogonal_features(shape: Shape, generator: torch.Generator) -> Tensor:
+    """Gaussian rows `[M, K]` in blocks of K that are orthogonal to each other (Choromanski et al. 2020, arXiv
+    2009.14794): each row has the distribution of a Gaussian vector, and their kernel estimate the lesser variance."""
+    rows, dim = shape
+    draws = torch.randn(-(-rows // dim), dim, dim, generator=generator, dtype=torch.float64, device="cpu")
+    columns, triangle = torch.linalg.qr(draws)
+    columns = columns * triangle.diagonal(dim1=1, dim2=2).sign()[:, None]  # without it the signs follow the draw
+    directions = columns.mT.reshape(-1, dim)[:rows]
+    lengths = torch.randn(rows, dim, generator=generator, dtype=torch.float64, device="cpu").norm(dim=-1, keepdim=True)
+    return (directions * lengths).float()
+
+
 KINDS: dict[str, Callable[..., Tensor]] = {
     "zeros": lambda shape, generator: torch.zeros(shape),
     "ones": lambda shape, generator: torch.ones(shape),
@@ -170,4 +226,5 @@ KINDS: dict[str, Callable[..., Tensor]] = {
     "log_uniform": _log_uniform,
     "linspace": _linspace,
     "values": _values,
+    "orthogonal_features": orthogonal_features,
 }

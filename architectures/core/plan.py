@@ -58,8 +58,8 @@ class Init:
     """One new tensor: `target` of `shape`, started by `kind`.
 
     Kinds: `zeros`, `ones`, `constant(value)`, `normal(std)`, `identity_conv` (1 at the last tap),
-    `log_uniform(low, high)`, `linspace(low, high)` over the flattened tensor, `values(values)`. Random kinds are seeded
-    by the tensor's full name. `fp32` keeps it in fp32 whatever the source's dtype.
+    `log_uniform(low, high)`, `linspace(low, high)` over the flattened tensor, `values(values)`, `orthogonal_features`.
+    Random kinds are seeded by the tensor's full name. `fp32` keeps it in fp32 whatever the source's dtype.
     """
 
     target: str

@@ -15,13 +15,15 @@ from torch import Tensor, nn
 from transformers import initialization
 
 from zoo.architectures.core.cache import LayerCache
-from zoo.architectures.core.config import DecoderConfig
-from zoo.architectures.core.mixer import Context
+from zoo.architectures.core.cache_view import CacheView
+from zoo.architectures.core.config import UNWEIGHTED, DecoderConfig
+from zoo.architectures.core.mixer import Context, wide_dtype
 from zoo.architectures.core.plan import AttentionSpec, Row
 from zoo.errors import ZooError
+from zoo.kernels.scan import scan, scan_step
 from zoo.kernels.short_conv import short_conv
 
-GATES: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "sigmoid": torch.sigmoid}
+GATES: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "sigmoid": torch.sigmoid, "linear": lambda x: x}
 
 
 def gate_activation(name: str | None) -> Callable[[Tensor], Tensor]:
@@ -37,6 +39,19 @@ def check_rope(rope: str | None, config: DecoderConfig) -> None:
     """Refuse a rotary table that the config does not have."""
     if rope is not None and rope not in config.ropes:
         raise ZooError(f"rope {rope!r} names no table; the config has {', '.join(config.ropes) or 'none'}")
+
+
+def scanned(x: Tensor, decay: Tensor, ctx: Context, cache: LayerCache | CacheView | None) -> Tensor:
+    """`scan` of `x [B, T, C]` with the log `decay [B, T, C]`; the cache's `state [B, C]` is continued and kept."""
+    if cache is None:
+        return scan(x, decay, cu_seqlens=ctx.cu_seqlens)[0]
+    state = cache.state("state", (x.shape[0], x.shape[2]), wide_dtype(x), "recurrent", x.device)
+    if ctx.phase == "decode" and x.shape[1] == 1 and not torch.is_grad_enabled():
+        return scan_step(x, decay, state=state)
+    h, new = scan(x, decay, initial_state=state, output_final_state=True)
+    assert new is not None
+    cache.put("state", new)
+    return h
 
 
 class ConvStates(nn.Module):
@@ -101,7 +116,7 @@ def transferred_rows(spec: AttentionSpec, heads: tuple[int, ...] | None = None) 
         rows.append(Row(source="o_proj.weight", target="o_proj.weight", operation="select_heads", options=options))
     if spec.o_bias:
         rows.append(Row(source="o_proj.bias", target="o_proj.bias"))
-    if spec.qk_norm not in (None, "l2"):
+    if spec.qk_norm not in (None, *UNWEIGHTED):
         rows += [Row(source=f"{n}.weight", target=f"{n}.weight") for n in ("q_norm", "k_norm")]
     return tuple(rows)
 
@@ -115,6 +130,7 @@ def _by_head(spec: AttentionSpec, name: str, heads: tuple[int, ...] | None) -> t
 
 def _check_transfer(spec: AttentionSpec) -> None:
     """Refuse attention whose queries or keys are made in a way that no recurrent mixer repeats."""
-    for name in ("qk_norm_full", "qk_norm_after_rope", "output_gate", "temperature"):
+    ways = ("qk_norm_full", "qk_norm_after_rope", "output_gate", "temperature", "differential", "writes", "value_dim")
+    for name in ways:
         if spec.args.get(name):
             raise ZooError(f"the source's attention uses {name}, which other mixers cannot take over; keep its layers")

@@ -1,14 +1,14 @@
 """Reversible rules over tensor names: how a published checkpoint becomes ours, and ours becomes it again.
 
-A pattern names tensors with `{i}` for a number (`model.layers.{i}.mlp.up_proj.weight`). A rule says which operations
-lead from its sources to each target, and which lead back.
+A pattern names tensors with `{i}` for a number (`model.layers.{i}.mlp.up_proj.weight`) and `{any}` for any text. A rule
+says which operations lead from its sources to each target, and which lead back.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
 from typing import Any, Protocol
@@ -72,7 +72,9 @@ def run_chain(operations: Chain, tensors: Sequence[Tensor]) -> Tensor:
 class Rule:
     """`forward` has one chain per target over all sources, `backward` one chain per source over all targets.
 
-    A rule without targets drops its source; with `same_as`, only where it equals that tensor.
+    A rule without targets drops its source; with `same_as`, only where it equals that tensor. One with `read_only` has
+    no way back: another rule writes the targets, under the names of today. With `layers` it holds only where `{i}` is
+    one of them: layers of different kinds may use one name for different things.
     """
 
     sources: tuple[str, ...]
@@ -80,20 +82,29 @@ class Rule:
     forward: tuple[Chain, ...]
     backward: tuple[Chain, ...]
     same_as: str | None = None
+    read_only: bool = False
+    layers: frozenset[int] | None = None
 
     def inverse(self) -> Rule:
         """The rule from targets to sources."""
-        return Rule(self.targets, self.sources, self.backward, self.forward)
+        return Rule(self.targets, self.sources, self.backward, self.forward, layers=self.layers)
 
     def match(self, name: str) -> dict[str, str] | None:
         """The numbers for which `name` is the first source, or None."""
         found = self._pattern.fullmatch(name)
-        return None if found is None else found.groupdict()
+        if found is None or (self.layers is not None and int(found["i"]) not in self.layers):
+            return None
+        return found.groupdict()
 
     @cached_property
     def _pattern(self) -> re.Pattern[str]:
         pieces = re.split(r"\{(\w+)\}", self.sources[0])
-        return re.compile("".join(re.escape(p) if n % 2 == 0 else rf"(?P<{p}>\d+)" for n, p in enumerate(pieces)))
+        return re.compile("".join(re.escape(p) if n % 2 == 0 else _group(p) for n, p in enumerate(pieces)))
+
+
+def _group(name: str) -> str:
+    text = ".+" if name == "any" else r"\d+"
+    return f"(?P<{name}>{text})"
 
 
 def rename(source: str, target: str) -> Rule:
@@ -101,10 +112,31 @@ def rename(source: str, target: str) -> Rule:
     return Rule((source,), (target,), (COPY,), (COPY,))
 
 
+def alias(rule: Rule) -> Rule:
+    """`rule` for names that are read but never written: those of older checkpoints."""
+    return replace(rule, read_only=True)
+
+
+def within(layers: Iterable[int], rules: Iterable[Rule]) -> tuple[Rule, ...]:
+    """The `rules`, for these layers (the numbers `{i}`) alone."""
+    chosen = frozenset(layers)
+    return tuple(replace(rule, layers=chosen) for rule in rules)
+
+
 def split(source: str, targets: Sequence[str], sizes: Sequence[int] | None = None, dim: int = 0) -> Rule:
     """One tensor cut along `dim` into `targets`, of `sizes` rows each (None: equal parts)."""
     parts = _equal(len(targets), dim) if sizes is None else _slices(sizes, dim)
     return Rule((source,), tuple(targets), tuple(parts), ((Operation("concat", {"dim": dim}),),))
+
+
+def unweave(source: str, targets: Sequence[str], sizes: Sequence[int], groups: int) -> Rule:
+    """One tensor of `groups` equal parts, each with `sizes` rows of the `targets` one after the other."""
+    stops = list(accumulate(sizes))
+    forward = [
+        (Operation("band", {"groups": groups, "start": start, "stop": stop}),)
+        for start, stop in zip([0, *stops], stops, strict=False)
+    ]
+    return Rule((source,), tuple(targets), tuple(forward), ((Operation("weave", {"groups": groups}),),))
 
 
 def concat(sources: Sequence[str], target: str, sizes: Sequence[int] | None = None, dim: int = 0) -> Rule:
@@ -119,10 +151,11 @@ def transpose(source: str, target: str, dims: Sequence[int] = (1, 0)) -> Rule:
     return Rule((source,), (target,), ((forward,),), ((backward,),))
 
 
-def interleave(source: str, target: str, head_dim: int, to: str = "half") -> Rule:
-    """Rows of each head reordered from the other rotary pairing `to` this one (`half` or `interleaved`)."""
+def interleave(source: str, target: str, head_dim: int, to: str = "half", dim: int = 0) -> Rule:
+    """Rows (along `dim`) of each head reordered from the other rotary pairing `to` this (`half` or `interleaved`)."""
     back = "interleaved" if to == "half" else "half"
-    forward, backward = (Operation("pair", {"head_dim": head_dim, "to": order}) for order in (to, back))
+    options = {"head_dim": head_dim, "dim": dim}
+    forward, backward = (Operation("pair", {**options, "to": order}) for order in (to, back))
     return Rule((source,), (target,), ((forward,),), ((backward,),))
 
 
@@ -132,11 +165,37 @@ def add(source: str, target: str, value: float) -> Rule:
     return Rule((source,), (target,), ((forward,),), ((backward,),))
 
 
-def stack(source: str, target: str, count: int) -> Rule:
-    """The `count` tensors that `source` names through `{e}`, along a new first axis of `target`."""
-    sources = tuple(source.replace("{e}", str(index)) for index in range(count))
-    backward = tuple((Operation("take", {"index": index}),) for index in range(count))
-    return Rule(sources, (target,), ((Operation("stack"),),), backward)
+def through(source: str, target: str, forward: Sequence[Operation], backward: Sequence[Operation]) -> Rule:
+    """One tensor through the operations `forward`, and back through `backward`."""
+    return Rule((source,), (target,), (tuple(forward),), (tuple(backward),))
+
+
+def reshape(source: str, target: str, to: Sequence[int], back: Sequence[int]) -> Rule:
+    """The same numbers in the shape `to`, and in `back` again; -1 stands for what is left."""
+    forward, backward = (Operation("reshape", {"shape": tuple(shape)}) for shape in (to, back))
+    return through(source, target, (forward,), (backward,))
+
+
+def stack(source: str | Sequence[str], target: str, count: int) -> Rule:
+    """The `count` tensors that `source` names through `{e}`, along a new first axis of `target`.
+
+    Of several sources, the tensors with the same `e` come one after the other along the second axis.
+    """
+    names = (source,) if isinstance(source, str) else tuple(source)
+    sources = tuple(name.replace("{e}", str(index)) for index in range(count) for name in names)
+    if len(names) == 1:
+        taken: tuple[Chain, ...] = tuple((Operation("take", {"index": index}),) for index in range(count))
+        return Rule(sources, (target,), ((Operation("stack"),),), taken)
+    parts = list(_equal(len(names), 0))
+    backward = tuple((Operation("take", {"index": index}), *part) for index in range(count) for part in parts)
+    return Rule(sources, (target,), ((Operation("stack"), Operation("fold", {"of": len(names)})),), backward)
+
+
+def chain(*rules: Rule) -> Rule:
+    """Rules of one tensor each, one after the other: from the first one's source to the last one's target."""
+    forward = tuple(operation for rule in rules for operation in rule.forward[0])
+    backward = tuple(operation for rule in reversed(rules) for operation in rule.backward[0])
+    return Rule(rules[0].sources, rules[-1].targets, (forward,), (backward,))
 
 
 def drop(source: str, same_as: str | None = None) -> Rule:
@@ -146,7 +205,7 @@ def drop(source: str, same_as: str | None = None) -> Rule:
 
 def inverse(rules: Sequence[Rule]) -> tuple[Rule, ...]:
     """The rules that lead back; dropped tensors stay dropped."""
-    return tuple(rule.inverse() for rule in rules if rule.targets)
+    return tuple(rule.inverse() for rule in rules if rule.targets and not rule.read_only)
 
 
 def steps(rules: Sequence[Rule], tensors: Mapping[str, TensorSpec]) -> dict[str, Step]:

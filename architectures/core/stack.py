@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from zoo.architectures.core.config import DecoderConfig, Embed, Head, Layer, Norm, Rope
@@ -46,3 +47,12 @@ def uniform(
         ropes=ropes or {},
         max_position_embeddings=max_position_embeddings,
     )
+
+
+def by_layer(decoder: DecoderConfig, **arguments: Sequence[Any]) -> DecoderConfig:
+    """`decoder` with mixer arguments that differ from layer to layer, one value per layer each."""
+    layers = []
+    for index, layer in enumerate(decoder.layers):
+        own = {name: values[index] for name, values in arguments.items()}
+        layers.append(replace(layer, mixer_args={**layer.mixer_args, **own}))
+    return replace(decoder, layers=tuple(layers))

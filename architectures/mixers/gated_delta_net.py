@@ -8,9 +8,7 @@ B batch, T new tokens, H key heads, Hv value heads, K key and V value head dimen
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +17,7 @@ from transformers import initialization
 
 from zoo.architectures.core.cache import LayerCache
 from zoo.architectures.core.config import DecoderConfig
+from zoo.architectures.core.delta import published_rates, published_steps, recur
 from zoo.architectures.core.linear import (
     NORM_START,
     ProjectionArgs,
@@ -27,12 +26,12 @@ from zoo.architectures.core.linear import (
     decay_rates,
     group_norm,
     projection_args,
+    recurrent_bytes,
 )
-from zoo.architectures.core.mixer import Context, grouped, keep_fp32, wide, wide_dtype
+from zoo.architectures.core.mixer import Context, grouped, keep_fp32, wide
 from zoo.architectures.core.plan import AttentionSpec, Init, MixerPlan
 from zoo.architectures.core.recurrent import ConvStates, gate_activation, transferred_rows
 from zoo.errors import ZooError
-from zoo.kernels.delta_rule import delta_rule, delta_rule_step
 
 EXAMPLE = {"heads": 2, "head_dim": 16, "value_heads": 4, "value_dim": 24}
 
@@ -95,9 +94,8 @@ class GatedDeltaNet(RotatedKeys):
 
     def init_weights(self, std: float) -> None:
         """A uniform in [1, 16] and time steps log-uniform in [1e-3, 0.1], as published."""
-        initialization.copy_(self.A_log, torch.empty(self.value_heads).uniform_(1, 16).log())
-        dt = torch.empty(self.value_heads).uniform_(math.log(1e-3), math.log(0.1)).exp()
-        initialization.copy_(self.dt_bias, dt + torch.log(-torch.expm1(-dt)))
+        initialization.copy_(self.A_log, published_rates(self.value_heads))
+        initialization.copy_(self.dt_bias, published_steps(self.value_heads))
         if self.args.norm:
             initialization.ones_(self.o_norm)
 
@@ -133,7 +131,8 @@ class GatedDeltaNet(RotatedKeys):
         """`x [B, T, D] -> [B, T, D]`."""
         q, k, v = (self.convs(n, ctx.mask(p(x)), ctx, cache) for n, p in self._projections())
         q, k = self._qk(q, k, ctx)
-        o = self._recur(q, ctx.mask(k), ctx.mask(grouped(v, self.value_heads)), *self._gates(x, ctx), ctx, cache)
+        k, v = ctx.mask(k), ctx.mask(grouped(v, self.value_heads))
+        o = recur(q, k, v, *self._gates(x, ctx), ctx, cache, scale=self.args.scale)
         return self.o_proj(self._output(o.to(x.dtype), x).flatten(-2))
 
     def _projections(self) -> tuple[tuple[str, nn.Module], ...]:
@@ -145,21 +144,6 @@ class GatedDeltaNet(RotatedKeys):
         decay = -wide(self.A_log).exp() * F.softplus(wide(self.a_proj(x)) + wide(self.dt_bias))
         return ctx.mask(beta), ctx.mask(decay)
 
-    def _recur(
-        self, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, decay: Tensor, ctx: Context, cache: LayerCache | None
-    ) -> Tensor:
-        args: dict[str, Any] = dict(qk_l2norm=True, scale=self.args.scale)
-        if cache is None:
-            return delta_rule(q, k, v, beta, decay, cu_seqlens=ctx.cu_seqlens, **args)[0]
-        shape = (q.shape[0], self.value_heads, self.key_dim, self.value_dim)
-        state = cache.state("state", shape, wide_dtype(q), "recurrent", q.device)
-        if ctx.phase == "decode" and q.shape[1] == 1 and not torch.is_grad_enabled():
-            return delta_rule_step(q, k, v, beta, decay, state=state, **args)
-        o, new = delta_rule(q, k, v, beta, decay, initial_state=state, output_final_state=True, **args)
-        assert new is not None
-        cache.put("state", new)
-        return o
-
     def _output(self, o: Tensor, x: Tensor) -> Tensor:
         if self.args.norm:
             o = group_norm(o, self.o_norm, self.args.norm_eps)
@@ -168,8 +152,7 @@ class GatedDeltaNet(RotatedKeys):
         return o
 
     def state_bytes(self, length: int, itemsize: int = 2) -> int:
-        state = self.value_heads * self.key_dim * self.value_dim * torch.float32.itemsize
-        return state + self.convs.state_bytes(itemsize)
+        return recurrent_bytes(self.value_heads, self.key_dim, self.value_dim) + self.convs.state_bytes(itemsize)
 
 
 def inverse_softplus(x: Tensor) -> list[float]:

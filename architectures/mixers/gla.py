@@ -17,20 +17,17 @@ from transformers import initialization
 from zoo.architectures.core.cache import LayerCache
 from zoo.architectures.core.config import DecoderConfig
 from zoo.architectures.core.linear import (
-    NORM_START,
-    Projected,
-    ProjectionArgs,
     check_sizes,
     check_width,
     decay_rates,
-    group_norm,
     projection_args,
     recur,
     recurrent_bytes,
 )
 from zoo.architectures.core.mixer import Context, grouped, keep_fp32, wide
+from zoo.architectures.core.output import OPEN_GATE, GatedOutput, OutputArgs, open_gate
 from zoo.architectures.core.plan import AttentionSpec, Init, MixerPlan
-from zoo.architectures.core.recurrent import ConvStates, gate_activation, transferred_rows
+from zoo.architectures.core.recurrent import ConvStates, transferred_rows
 from zoo.errors import ZooError
 
 EXAMPLE = {"heads": 2, "head_dim": 16, "value_dim": 24}
@@ -38,14 +35,12 @@ FEATURE_MAPS = (None, "softmax")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Args(ProjectionArgs):
+class Args(OutputArgs):
     """The published layer is the default; conversion from attention uses the other options.
 
     `decay_rank` is R and `decay_divisor` the 16 above; `feature_map` "softmax" makes queries and keys distributions
     over their channels (Lan et al. 2025, arXiv 2503.01496); `conv` is the width of short convolutions on q, k and v
-    (0: none), followed by `conv_activation`; `gate` is the output gate's activation; `norm` puts an RMS norm on each
-    head's output, with weights of its own per head if `norm_per_head`; `scale` is the query scale (None:
-    `head_dim ** -0.5`).
+    (0: none), followed by `conv_activation`; `scale` is the query scale (None: `head_dim ** -0.5`).
     """
 
     decay_rank: int = 16
@@ -53,11 +48,6 @@ class Args(ProjectionArgs):
     feature_map: str | None = None
     conv: int = 0
     conv_activation: str | None = "silu"
-    gate: str | None = "silu"
-    gate_bias: bool = False
-    norm: bool = True
-    norm_per_head: bool = False
-    norm_eps: float = 1e-5
     scale: float | None = None
 
     def check(self, config: DecoderConfig) -> None:
@@ -68,10 +58,9 @@ class Args(ProjectionArgs):
         if self.feature_map not in FEATURE_MAPS:
             raise ZooError(f"feature_map {self.feature_map!r} is unknown; it must be softmax, or null for none")
         check_width(self.conv, self.conv_activation)
-        gate_activation(self.gate)
 
 
-class GatedLinearAttention(Projected):
+class GatedLinearAttention(GatedOutput):
     options = Args
 
     def __init__(self, config: DecoderConfig, args: Args) -> None:
@@ -84,21 +73,16 @@ class GatedLinearAttention(Projected):
         self.decay_bias = keep_fp32(nn.Parameter(torch.zeros(keys, dtype=torch.float32)))
         widths = {"q": keys, "k": keys, "v": values}
         self.convs = ConvStates(widths, args.conv, args.conv_activation if args.conv else None)
-        if args.gate is not None:
-            self.g_proj = nn.Linear(config.hidden_size, values, bias=args.gate_bias)
-        if args.norm:
-            shape = (self.heads, self.value_dim) if args.norm_per_head else (self.value_dim,)
-            self.o_norm = nn.Parameter(torch.ones(shape))
+        self.make_output(config, args, self.value_dim)
 
     def init_weights(self, std: float) -> None:
+        super().init_weights(std)
         initialization.zeros_(self.decay_bias)
-        if self.args.norm:
-            initialization.ones_(self.o_norm)
 
     @classmethod
     def from_attention(cls, spec: AttentionSpec, heads: tuple[int, ...] | None = None) -> MixerPlan:
         count, d = spec.heads if heads is None else len(heads), spec.head_dim
-        args = projection_args(spec, count) | {"feature_map": "softmax", "gate_bias": True, "norm_per_head": True}
+        args = projection_args(spec, count) | {"feature_map": "softmax"} | OPEN_GATE
         inits = [
             Init(target="decay_down.weight", shape=(16, spec.hidden_size), kind="normal", options={"std": 0.02}),
             Init(target="decay_up.weight", shape=(count * d, 16), kind="normal", options={"std": 0.02}),
@@ -109,10 +93,7 @@ class GatedLinearAttention(Projected):
                 options={"values": decay_biases(count, d, spec.max_position)},
                 fp32=True,
             ),
-            Init(target="g_proj.weight", shape=(count * d, spec.hidden_size), kind="zeros"),
-            # silu(1.278) = 1: the gate starts open and constant, with a gradient
-            Init(target="g_proj.bias", shape=(count * d,), kind="constant", options={"value": 1.27846}),
-            Init(target="o_norm", shape=(count, d), kind="constant", options={"value": NORM_START}),
+            *open_gate(count, d, spec.hidden_size),
         ]
         return MixerPlan(args=args, rows=transferred_rows(spec, heads), inits=tuple(inits))
 
@@ -124,19 +105,12 @@ class GatedLinearAttention(Projected):
         if self.args.feature_map == "softmax":
             q, k = (wide(part).softmax(-1).to(x.dtype) for part in (q, k))
         o = recur(q, ctx.mask(k), ctx.mask(v), self._decay(x, ctx), ctx, cache, scale=self.args.scale)
-        return self.o_proj(self._output(o.to(x.dtype), x).flatten(-2))
+        return self.finish(o, x)
 
     def _decay(self, x: Tensor, ctx: Context) -> Tensor:
         """Log decay `[B, T, H, K]` in fp32; padding does not forget."""
         logits = wide(self.decay_up(self.decay_down(x))) + wide(self.decay_bias)
         return ctx.mask(grouped(F.logsigmoid(logits) / self.args.decay_divisor, self.heads))
-
-    def _output(self, o: Tensor, x: Tensor) -> Tensor:
-        if self.args.norm:
-            o = group_norm(o, self.o_norm, self.args.norm_eps)
-        if self.args.gate is not None:
-            o = o * gate_activation(self.args.gate)(grouped(self.g_proj(x), self.heads))
-        return o
 
     def state_bytes(self, length: int, itemsize: int = 2) -> int:
         return recurrent_bytes(self.heads, self.key_dim, self.value_dim) + self.convs.state_bytes(itemsize)

@@ -14,15 +14,9 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization
 
-from zoo.architectures.core.cache import LayerCache
 from zoo.architectures.core.config import DecoderConfig
-from zoo.architectures.core.linear import (
-    Projected,
-    ProjectionArgs,
-    projection_args,
-    recur,
-    recurrent_bytes,
-)
+from zoo.architectures.core.features import KernelAttention
+from zoo.architectures.core.linear import ProjectionArgs, projection_args
 from zoo.architectures.core.mixer import Context, wide
 from zoo.architectures.core.plan import AttentionSpec, Init, MixerPlan
 from zoo.architectures.core.recurrent import transferred_rows
@@ -30,13 +24,12 @@ from zoo.architectures.core.recurrent import transferred_rows
 EXAMPLE = {"heads": 2, "head_dim": 16, "value_dim": 24, "rope": "default"}
 
 
-class Hedgehog(Projected):
+class Hedgehog(KernelAttention):
     options = ProjectionArgs
 
     def __init__(self, config: DecoderConfig, args: ProjectionArgs) -> None:
-        super().__init__()
-        self.key_dim, self.value_dim = args.head_dim, args.value_dim or args.head_dim
-        self.make_projections(config, args, self.value_dim)
+        super().__init__(config, args)
+        self.feature_dim = 2 * self.key_dim
         shape = (args.heads, args.head_dim, args.head_dim)
         self.q_map, self.k_map = nn.Parameter(torch.zeros(shape)), nn.Parameter(torch.zeros(shape))
 
@@ -52,16 +45,8 @@ class Hedgehog(Projected):
         inits = tuple(Init(target=name, shape=(count, d, d), kind="zeros") for name in ("q_map", "k_map"))
         return MixerPlan(args=args, rows=transferred_rows(spec, heads), inits=inits)
 
-    def forward(self, x: Tensor, ctx: Context, cache: LayerCache | None = None) -> Tensor:
-        """`x [B, T, D] -> [B, T, D]`."""
-        q, k, v = self.expanded_qkv(x, ctx)
-        q, k = features(q, self.q_map), features(k, self.k_map)
-        # masked after the map: the features of a zero vector are not zero
-        o = recur(q, ctx.mask(k), ctx.mask(v), None, ctx, cache, normalize="sum", scale=1.0)
-        return self.o_proj(o.to(x.dtype).flatten(-2))
-
-    def state_bytes(self, length: int, itemsize: int = 2) -> int:
-        return recurrent_bytes(self.heads, 2 * self.key_dim, self.value_dim + 1)
+    def features(self, q: Tensor, k: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
+        return features(q, self.q_map), features(k, self.k_map)
 
 
 def features(x: Tensor, weight: Tensor) -> Tensor:

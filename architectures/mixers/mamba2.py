@@ -40,6 +40,10 @@ from zoo.architectures.core.recurrent import ConvStates, check_rope, transferred
 from zoo.errors import ZooError
 
 EXAMPLE = {"heads": 4, "head_dim": 16, "state_dim": 24, "groups": 2}
+VARIANTS = {
+    "norm_first": {**EXAMPLE, "norm_before_gate": True, "norm_groups": 2, "scales": (0.5, 2.0, 0.7, 1.5, 0.9)},
+    "limited": {**EXAMPLE, "time_step_limit": (0.1, None), "norm": False, "conv_bias": False},
+}
 PROJECTIONS = ("z", "x", "B", "C", "dt", "out")
 TARGETS = {"q_proj": "C_proj", "k_proj": "B_proj", "v_proj": "x_proj", "o_proj": "out_proj"}
 
@@ -50,8 +54,9 @@ class Args(mixer.Args):
 
     `groups` divides `heads`: heads of a group share B and C. `biases` names the projections with a bias (z, x, B, C,
     dt, out). `conv` is the width of the short convolutions on x, B and C (0: none), followed by `conv_activation`.
-    `time_step_limit = (low, high)` clamps dt. The output norm works on `norm_groups` equal parts of all heads'
-    channels. `qk_norm` and `rope` act on C and B.
+    `time_step_limit = (low, high)` clamps dt (high may be None). The output norm works on `norm_groups` equal parts of
+    all heads' channels, after the gate unless `norm_before_gate`. `scales` multiply z, x, B, C and dt as they are
+    projected (Falcon-H1). `qk_norm` and `rope` act on C and B.
     """
 
     heads: int
@@ -61,11 +66,13 @@ class Args(mixer.Args):
     conv: int = 4
     conv_bias: bool = True
     conv_activation: str | None = "silu"
-    time_step_limit: tuple[float, float] | None = None
+    time_step_limit: tuple[float, float | None] | None = None
     norm: bool = True
+    norm_before_gate: bool = False
     norm_groups: int = 1
     norm_eps: float = 1e-5
     biases: tuple[str, ...] = ()
+    scales: tuple[float, ...] | None = None
     qk_norm: str | None = None
     qk_norm_eps: float = 1e-6
     rope: str | None = None
@@ -84,8 +91,11 @@ class Args(mixer.Args):
             raise ZooError(f"norm_groups was {self.norm_groups}; it must divide {self.heads * self.head_dim} channels")
         if unknown := sorted(set(self.biases) - set(PROJECTIONS)):
             raise ZooError(f"biases names {unknown[0]!r}; the projections are {', '.join(PROJECTIONS)}")
-        if self.time_step_limit is not None and not 0 <= self.time_step_limit[0] < self.time_step_limit[1]:
+        low, high = self.time_step_limit or (0.0, None)
+        if low < 0 or (high is not None and high <= low):
             raise ZooError(f"time_step_limit was {self.time_step_limit}; it must be (low, high) with 0 <= low < high")
+        if self.scales is not None and len(self.scales) != 5:
+            raise ZooError(f"scales was {self.scales}; it must have a number for each of z, x, B, C and dt")
         check_width(self.conv, self.conv_activation)
         check_norm("qk_norm", self.qk_norm)
         check_rope(self.rope, config)
@@ -144,33 +154,40 @@ class Mamba2(RotatedKeys):
         return MixerPlan(args=args, rows=rows, inits=_inits(spec, count))
 
     def expanded_qkv(self, x: Tensor, ctx: Context) -> tuple[Tensor, Tensor, Tensor]:
-        C, B = (grouped(projection(x), self.groups) for projection in (self.C_proj, self.B_proj))
+        C, B = (grouped(self._projected(name, x), self.groups) for name in ("C", "B"))
         C, B = (part.repeat_interleave(self.heads // self.groups, dim=2) for part in self.rotated(C, B, ctx))
-        return C, B, grouped(self.x_proj(x), self.heads)
+        return C, B, grouped(self._projected("x", x), self.heads)
 
     def forward(self, x: Tensor, ctx: Context, cache: LayerCache | None = None) -> Tensor:
         """`x [B, T, D] -> [B, T, D]`."""
-        projections = (("x", self.x_proj), ("B", self.B_proj), ("C", self.C_proj))
-        u, B, C = (self.convs(name, ctx.mask(p(x)), ctx, cache) for name, p in projections)
+        u, B, C = (self.convs(name, ctx.mask(self._projected(name, x)), ctx, cache) for name in ("x", "B", "C"))
         C, B = self.rotated(grouped(C, self.groups), grouped(B, self.groups), ctx)
         u, dt = grouped(u, self.heads), ctx.mask(self._time_steps(x))
         v = (wide(u) * dt[..., None]).to(x.dtype)
         y = recur(C, B, v, -wide(self.A_log).exp() * dt, ctx, cache, scale=1.0)
         y = wide(y) + wide(self.D)[:, None] * wide(u)
-        return self.out_proj(self._gated(y.flatten(-2), self.z_proj(x)).to(x.dtype))
+        return self.out_proj(self._gated(y.flatten(-2), self._projected("z", x)).to(x.dtype))
+
+    def _projected(self, name: str, x: Tensor) -> Tensor:
+        y = self.get_submodule(f"{name}_proj")(x)
+        return y if self.args.scales is None else y * self.args.scales[PROJECTIONS.index(name)]
 
     def _time_steps(self, x: Tensor) -> Tensor:
         """dt `[B, T, H]` in fp32."""
-        dt = F.softplus(wide(self.dt_proj(x)) + wide(self.dt_bias))
+        dt = F.softplus(wide(self._projected("dt", x)) + wide(self.dt_bias))
         return dt if self.args.time_step_limit is None else dt.clamp(*self.args.time_step_limit)
 
     def _gated(self, y: Tensor, z: Tensor) -> Tensor:
-        """The gate, then the norm over each group, as published."""
-        y = y * F.silu(wide(z))
+        """The gate, then the norm over each group, as published; `norm_before_gate` turns them round."""
+        gate = F.silu(wide(z))
         if not self.args.norm:
-            return y
+            return y * gate
         weight = self.norm_weight.unflatten(-1, (self.args.norm_groups, -1))
-        return group_norm(y.unflatten(-1, weight.shape), weight, self.args.norm_eps).flatten(-2)
+
+        def normed(x: Tensor) -> Tensor:
+            return group_norm(x.unflatten(-1, weight.shape), weight, self.args.norm_eps).flatten(-2)
+
+        return normed(y) * gate if self.args.norm_before_gate else normed(y * gate)
 
     def state_bytes(self, length: int, itemsize: int = 2) -> int:
         state = recurrent_bytes(self.heads, self.args.state_dim, self.args.head_dim)

@@ -21,7 +21,7 @@ from zoo.architectures.core.zoo_config import ZooConfig
 from zoo.errors import ZooError
 
 # attention options that change queries, keys or outputs in ways that other mixers have no parameter for
-UNTRANSFERRED = ("qk_norm_full", "qk_norm_after_rope", "sink_logits", "output_gate", "temperature")
+UNTRANSFERRED = ("qk_norm_full", "qk_norm_after_rope", "sink_logits", "output_gate", "temperature", "value_dim")
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ def test_token_by_token_equals_one_forward(model: ZooForCausalLM) -> None:
     same(feed(model, ids, [1] * T)[0], forward(model, ids))
 
 
-@pytest.mark.parametrize("sizes", [(5, 1, 1, 6), (1, 12), (6, 7)])
+@pytest.mark.parametrize("sizes", [(5, 1, 1, 6), (1, 12)])
 def test_prefill_and_chunks_equal_one_forward(model: ZooForCausalLM, sizes: tuple[int, ...]) -> None:
     ids = draw(2, T)
     same(feed(model, ids, sizes)[0], forward(model, ids))
@@ -95,8 +95,9 @@ def test_a_cache_keeps_its_length(model: ZooForCausalLM) -> None:
     assert int(static.get_seq_length()) == 6
 
 
-@pytest.mark.parametrize("static", [False, True])
-@pytest.mark.parametrize(("before", "draft", "removed"), [(5, 4, 3), (5, 4, 4), (4, 1, 1), (0, 6, 2)])
+@pytest.mark.parametrize(
+    ("static", "before", "draft", "removed"), [(False, 5, 4, 3), (False, 0, 6, 2), (True, 5, 4, 4), (True, 4, 1, 1)]
+)
 def test_rollback_is_never_having_seen_the_tokens(
     model: ZooForCausalLM, static: bool, before: int, draft: int, removed: int
 ) -> None:

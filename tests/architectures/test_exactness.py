@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from transformers import (
-    DynamicCache,
     LlamaConfig,
     LlamaForCausalLM,
-    Mamba2Config,
-    Mamba2ForCausalLM,
     PreTrainedModel,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
 from zoo_models import draw, feed, forward, same, stir, swiglu_layer
 
-from zoo.architectures.core.config import DecoderConfig, Head, Layer, Norm, Rope
+from zoo.architectures.core.config import DecoderConfig, Head, Norm, Rope
 from zoo.architectures.core.modeling import ZooForCausalLM
 from zoo.architectures.core.zoo_config import ZooConfig
 
@@ -114,73 +110,3 @@ def test_qwen3_with_qk_norm(attention: str) -> None:
     stir(reference, std=0.1)
     decoder = softmax_decoder(dict(qk_norm="rms", qk_norm_eps=1e-5), Rope(dim=24, theta=1000.0))
     compare(reference, ours(decoder, softmax_state(reference), attention))
-
-
-MAMBA2 = {
-    "one_group": dict(heads=8, head_dim=16, state_dim=12, groups=1, bias=False, conv=4),
-    "groups_and_biases": dict(heads=12, head_dim=8, state_dim=20, groups=3, bias=True, conv=3),
-}
-
-
-def mamba2_models(heads: int, head_dim: int, state_dim: int, groups: int, bias: bool, conv: int) -> tuple[Any, Any]:
-    """transformers' Mamba-2 and ours with its weights, the fused projections split."""
-    inner, keys = heads * head_dim, groups * state_dim
-    config = Mamba2Config(
-        vocab_size=97, hidden_size=32, num_hidden_layers=2, num_heads=heads, head_dim=head_dim, expand=inner // 32,
-        state_size=state_dim, n_groups=groups, conv_kernel=conv, use_bias=bias, chunk_size=8, tie_word_embeddings=False,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    reference = Mamba2ForCausalLM(config).eval()
-    stir(reference, std=0.1)
-    biases = ("z", "x", "B", "C", "dt", "out") if bias else ()
-    args = dict(heads=heads, head_dim=head_dim, state_dim=state_dim, groups=groups, conv=conv, biases=biases)
-    decoder = DecoderConfig(
-        vocab_size=97,
-        hidden_size=32,
-        layers=(Layer(mixer="mamba2", mixer_args={**args, "norm_eps": config.layer_norm_epsilon}),) * 2,
-        norm=Norm(eps=config.layer_norm_epsilon),
-        head=Head(tied=False),
-    )
-    state: dict[str, Tensor] = {}
-    for name, value in reference.state_dict().items():
-        state |= split_mamba2(renamed_mamba2(name), value, inner, keys)
-    return reference, ours(decoder, state, "eager")
-
-
-def renamed_mamba2(name: str) -> str:
-    for pattern, mine in (
-        ("backbone.embeddings", "model.embed_tokens"),
-        ("backbone.norm_f", "model.norm"),
-        ("backbone", "model"),
-        (r"(layers\.\d+)\.norm\.", r"\1.mixer_norm."),
-        (r"mixer\.norm\.weight", "mixer.norm_weight"),
-    ):
-        name = re.sub(pattern, mine, name)
-    return name
-
-
-def split_mamba2(name: str, value: Tensor, inner: int, keys: int) -> dict[str, Tensor]:
-    if ".in_proj." in name:
-        widths = (inner, inner, keys, keys, value.shape[0] - 2 * inner - 2 * keys)
-        pieces = zip(("z", "x", "B", "C", "dt"), value.split(widths), strict=True)
-        return {name.replace("in_proj", f"{piece}_proj"): part for piece, part in pieces}
-    if ".conv1d." in name:
-        suffix = "_bias" if name.endswith("bias") else ""
-        base, parts = name.partition("conv1d")[0], value.split((inner, keys, keys))
-        return {
-            f"{base}convs.{n}{suffix}": part.reshape(len(part), *part.shape[2:])
-            for n, part in zip("xBC", parts, strict=True)
-        }
-    return {name: value}
-
-
-@pytest.mark.parametrize("sizes", MAMBA2.values(), ids=MAMBA2)
-def test_mamba2(sizes: dict[str, Any]) -> None:
-    reference, model = mamba2_models(**sizes)
-    ids = draw(2, 21)
-    with torch.no_grad():
-        whole = reference(ids, use_cache=False).logits
-        cache = DynamicCache(config=reference.config)
-        pieces = [reference(part, cache_params=cache, use_cache=True).logits for part in ids.split((13, *[1] * 8), 1)]
-    same(forward(model, ids), whole)
-    same(feed(model, ids, (13, *[1] * 8))[0], torch.cat(pieces, 1))

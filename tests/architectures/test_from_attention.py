@@ -61,15 +61,15 @@ def cases(mixer: str) -> list[tuple[int, ...] | None]:
     return HEADS if registry.get("mixers", mixer, "MODULE").by_head else HEADS[:1]
 
 
-def test_a_plan_names_every_parameter_once_with_its_shape(mixer: str) -> None:
+def test_a_plan_names_every_tensor_once_with_its_shape(mixer: str) -> None:
     for heads in cases(mixer):
         _, plan, module = transfer(mixer, heads)
         targets = [row.target for row in plan.rows] + [init.target for init in plan.inits]
-        parameters = dict(module.named_parameters())
-        assert sorted(targets) == sorted(parameters)
+        tensors = module.state_dict(keep_vars=True)
+        assert sorted(targets) == sorted(tensors)
         for init in plan.inits:
-            kept = getattr(parameters[init.target], "_zoo_fp32", False)
-            assert tuple(init.shape) == tuple(parameters[init.target].shape)
+            kept = getattr(tensors[init.target], "_zoo_fp32", False)
+            assert tuple(init.shape) == tuple(tensors[init.target].shape)
             assert init.fp32 == kept, init.target
 
 
@@ -77,7 +77,7 @@ def test_softmax_over_the_transferred_projections_is_the_source(mixer: str) -> N
     x, ctx = torch.randn(2, 20, 64, generator=torch.Generator().manual_seed(2)), context(20)
     for heads in cases(mixer):
         attention, _, module = transfer(mixer, heads)
-        q, k, v = attention._qkv(x, ctx)[:3]
+        q, k, v = attention.queries(x, ctx)[0], *attention.keys_values(x, ctx)
         expected = softmax_output(q, *(part[:, :, [h // SPEC.group for h in range(SPEC.heads)]] for part in (k, v)))
         kept = list(range(SPEC.heads)) if heads is None else list(heads)
         same(softmax_output(*module.expanded_qkv(x, ctx)), expected[:, :, kept])

@@ -17,6 +17,7 @@ LAYOUTS = {
     "linear_first": ["gated_delta_net", "gla", "attention", "hedgehog"],
     "windowed": ["attention/sinks", "attention/window"],
     "mixed_windows": ["mamba2", "attention/sinks", "attention", "gated_delta_net"],
+    "shared": ["attention/writes", "cross", "gated_delta_net", "cross"],
     "recurrent": ["gated_delta_net", "mamba2", "hedgehog", "gla"],
 }
 PROMPT, NEW = 9, 14

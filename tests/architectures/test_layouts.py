@@ -193,7 +193,7 @@ def test_an_example_of_every_part_builds(mixer: str) -> None:
         part.parse(registry.get("channels", channel, "EXAMPLE")).check(config)
 
 
-@pytest.mark.parametrize("kind", ["rms", "rms_one_plus", "layer", "l2"])
+@pytest.mark.parametrize("kind", ["rms", "rms_one_plus", "rms_plain", "layer", "l2"])
 def test_every_norm_kind_normalises(kind: str) -> None:
     layers = (attention(qk_norm=kind), swiglu_layer("gla", registry.get("mixers", "gla", "EXAMPLE")))
     model, ids = make(ZooConfig.from_decoder(decoder(*layers, norm=Norm(kind=kind)), "test")), draw(2, 9)

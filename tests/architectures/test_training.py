@@ -61,11 +61,11 @@ def test_bf16_keeps_decays_in_fp32(model: ZooForCausalLM, tmp_path: Path) -> Non
 
 def test_a_long_bf16_roll_out_stays_near_fp32(model: ZooForCausalLM, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
-    low, ids = ZooForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16), draw(1, 200)
-    steps = (8, *[1] * 192)
+    low, ids = ZooForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16), draw(1, 100)
+    steps = (8, *[1] * 92)
     found, expected = feed(low, ids, steps)[0].float(), forward(model, ids)
-    late = error(found[:, -40:], expected[:, -40:])[0]
-    early = error(found[:, :40], expected[:, :40])[0]
+    late = error(found[:, -20:], expected[:, -20:])[0]
+    early = error(found[:, :20], expected[:, :20])[0]
     assert late <= 0.05 and late <= 3 * early + 0.005, (early, late)
 
 
@@ -100,8 +100,9 @@ def test_hidden_states_are_one_per_layer_and_the_embedding(model: ZooForCausalLM
         out = model(ids, output_hidden_states=True)
     layers, width = model.config.num_hidden_layers, model.config.hidden_size
     assert [tuple(h.shape) for h in out.hidden_states] == [(2, 7, width)] * (layers + 1)
-    same(out.hidden_states[0], model.model.embed_tokens(ids), 1e-6)
-    same(model.lm_head(out.hidden_states[-1]), out.logits, 1e-6)
+    positions = torch.arange(7).expand(2, 7)
+    same(out.hidden_states[0], model.model.embed(ids, None, positions), 1e-6)
+    same(model.logits(out.hidden_states[-1]), out.logits, 1e-6)
     assert model(ids).hidden_states is None
 
 

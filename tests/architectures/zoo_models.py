@@ -16,6 +16,7 @@ from transformers import DynamicCache, StaticCache
 
 from zoo import registry
 from zoo.architectures.core.config import DecoderConfig, Head, Layer, Rope
+from zoo.architectures.core.decoder import encoder_only
 from zoo.architectures.core.modeling import ZooForCausalLM
 from zoo.architectures.core.plan import AttentionSpec
 from zoo.architectures.core.zoo_config import ZooConfig
@@ -82,12 +83,14 @@ def part_cases() -> dict[str, tuple[Layer, ...]]:
 
 
 def presets() -> list[str]:
-    return [
-        f"{name}/{preset}"
+    """The tiny presets of every causal architecture."""
+    tiny = [
+        (name, preset, registry.get("architectures", name, "layout")(**sizes))
         for name in registry.names("architectures")
-        for preset in registry.get("architectures", name, "PRESETS")
-        if "tiny" in preset
+        for preset, sizes in registry.get("architectures", name, "PRESETS").items()
+        if "tiny" in preset and preset not in getattr(registry.load("architectures", name), "PARAMETERS", {})
     ]
+    return [f"{name}/{preset}" for name, preset, decoder in tiny if not encoder_only(decoder)]
 
 
 def swiglu_layer(mixer: str, mixer_args: dict[str, Any], **fields: Any) -> Layer:

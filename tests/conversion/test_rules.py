@@ -16,6 +16,8 @@ from zoo.architectures.core.plan import Init
 from zoo.architectures.core.rules import (
     Rule,
     add,
+    alias,
+    chain,
     concat,
     drop,
     interleave,
@@ -25,6 +27,8 @@ from zoo.architectures.core.rules import (
     stack,
     steps,
     transpose,
+    unweave,
+    within,
 )
 from zoo.errors import ZooError
 
@@ -147,3 +151,58 @@ def test_init_kinds() -> None:
 def test_unknown_operations_are_refused() -> None:
     with pytest.raises(ZooError, match=next(iter(OPERATIONS))):
         Operation("rotate")
+
+
+def test_gates_and_ups_of_experts_in_one_tensor() -> None:
+    tensors = {f"l.{i}.e.{e}.{n}": torch.randn(2, 3) for i in range(2) for e in range(3) for n in ("gate", "up")}
+    fused = assert_reversible([stack(["l.{i}.e.{e}.gate", "l.{i}.e.{e}.up"], "l.{i}.w", 3)], tensors)
+    assert fused["l.1.w"].shape == (3, 4, 3)
+    for e in range(3):
+        assert torch.equal(fused["l.1.w"][e], torch.cat([tensors[f"l.1.e.{e}.gate"], tensors[f"l.1.e.{e}.up"]]))
+    with pytest.raises(ZooError, match=r"l\.0\.e\.2\.up.*missing"):
+        run(
+            [stack(["l.{i}.e.{e}.gate", "l.{i}.e.{e}.up"], "l.{i}.w", 3)],
+            {k: v for k, v in tensors.items() if k != "l.0.e.2.up"},
+        )
+
+
+def test_a_chain_of_rules_is_one_rule() -> None:
+    fused = torch.randn(2, 3, 8)  # [experts, inputs, gates and ups in turn]
+    ours = assert_reversible(
+        [chain(transpose("x", "x", (0, 2, 1)), interleave("x", "y", head_dim=8, dim=1))], {"x": fused}
+    )
+    assert torch.equal(ours["y"][:, :4], fused[..., ::2].transpose(1, 2))
+    assert torch.equal(ours["y"][:, 4:], fused[..., 1::2].transpose(1, 2))
+
+
+def test_rows_sorted_by_group_become_tensors_of_their_own() -> None:
+    fused = torch.arange(18.0)[:, None]  # three groups of one row of a, two of b and three of c
+    ours = assert_reversible([unweave("w", ["a", "b", "c"], (1, 2, 3), groups=3)], {"w": fused})
+    assert ours["a"][:, 0].tolist() == [0, 6, 12]
+    assert ours["b"][:, 0].tolist() == [1, 2, 7, 8, 13, 14]
+
+
+def test_a_name_may_mean_another_thing_in_another_layer() -> None:
+    tensors = {"layers.0.norm": torch.zeros(2), "layers.1.norm": torch.ones(2)}
+    rules = [
+        *within([0], [rename("layers.{i}.norm", "layers.{i}.before")]),
+        *within([1], [rename("layers.{i}.norm", "layers.{i}.after")]),
+    ]
+    ours = assert_reversible(rules, tensors)
+    assert set(ours) == {"layers.0.before", "layers.1.after"}
+    with pytest.raises(ZooError, match=r"layers\.2\.norm"):
+        run(rules, {"layers.2.norm": torch.zeros(2)})
+
+
+def test_an_alias_is_read_and_never_written() -> None:
+    rules = [rename("new", "ours"), alias(rename("old", "ours"))]
+    assert set(run(rules, {"old": torch.ones(2)})) == {"ours"}
+    assert set(run(inverse(rules), {"ours": torch.ones(2)})) == {"new"}
+
+
+def test_any_text_is_dropped_by_one_rule() -> None:
+    rules = [rename("w", "w"), drop("vision.{any}")]
+    tensors = {"w": torch.ones(2), "vision.a": torch.ones(1), "vision.layers.3.b": torch.ones(1)}
+    assert set(run(rules, tensors)) == {"w"}
+    with pytest.raises(ZooError, match="visionary"):
+        run(rules, {**tensors, "visionary.a": torch.ones(1)})

@@ -196,13 +196,9 @@ def test_gradcheck(op, form):
 # torch's own tracer instantiates autograd functions, which torch deprecates.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("packed", [False, True])
-def test_compiles_in_one_graph(op, packed, evaluate, assert_close):
-    b, n = (1, 3) if packed else (2, 2)
-    tensors = inputs(op, 70, b=b, n=n, dtype=torch.float32)
-    options: dict[str, Any] = {"output_final_state": True}
-    if packed:
-        options["cu_seqlens"] = torch.tensor([0, 1, 1, 70], dtype=torch.int32)
+def test_compiles_in_one_graph(op, evaluate, assert_close):
+    tensors = inputs(op, 70, b=1, n=3, dtype=torch.float32)
+    options = {"output_final_state": True, "cu_seqlens": torch.tensor([0, 1, 1, 70], dtype=torch.int32)}
     compiled = torch.compile(OPS[op], fullgraph=True, backend="aot_eager", dynamic=False)
     assert_close(evaluate(compiled, tensors, **options), evaluate(OPS[op], tensors, **options), 1e-6)
 

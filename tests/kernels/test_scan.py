@@ -118,10 +118,9 @@ def test_gradcheck():
 
 # torch's own tracer instantiates autograd functions, which torch deprecates.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-@pytest.mark.parametrize("packed", [False, True])
-def test_compiles_in_one_graph(packed, evaluate, assert_close):
-    tensors = inputs(70, b=1, n=3 if packed else 1, dtype=torch.float32)
-    options = {"cu_seqlens": torch.tensor([0, 1, 1, 70], dtype=torch.int32)} if packed else {}
+def test_compiles_in_one_graph(evaluate, assert_close):
+    tensors = inputs(70, b=1, n=3, dtype=torch.float32)
+    options = {"cu_seqlens": torch.tensor([0, 1, 1, 70], dtype=torch.int32)}
     compiled = torch.compile(scan, fullgraph=True, backend="aot_eager", dynamic=False)
     found = evaluate(compiled, tensors, output_final_state=True, **options)
     assert_close(found, evaluate(scan, tensors, output_final_state=True, **options), 1e-6)

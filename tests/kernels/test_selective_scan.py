@@ -212,10 +212,9 @@ def test_gradcheck(kind):
 
 # torch's own tracer instantiates autograd functions, which torch deprecates.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-@pytest.mark.parametrize("packed", [False, True])
-def test_compiles_in_one_graph(packed, evaluate, assert_close):
-    tensors = inputs("mamba", 33 if packed else 40, b=1, n=2 if packed else 1, dtype=torch.float32)
-    options = {"cu_seqlens": torch.tensor([0, 1, 33], dtype=torch.int32)} if packed else {}
+def test_compiles_in_one_graph(evaluate, assert_close):
+    tensors = inputs("mamba", 33, b=1, n=2, dtype=torch.float32)
+    options = {"cu_seqlens": torch.tensor([0, 1, 33], dtype=torch.int32)}
     compiled = torch.compile(op, fullgraph=True, backend="aot_eager", dynamic=False)
     found = evaluate(compiled, tensors, output_final_state=True, **options)
     assert_close(found, evaluate(op, tensors, output_final_state=True, **options), 1e-6)

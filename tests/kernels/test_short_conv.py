@@ -80,10 +80,9 @@ def test_bf16_sums_in_fp32():
     assert torch.equal(y, exact.bfloat16()) or (y.double() - exact).norm() <= 2.5e-3 * exact.norm()
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_compiles_in_one_graph(packed, evaluate, assert_close):
-    tensors = inputs(20, b=1, n=2 if packed else 1, dtype=torch.float32)
-    options = {"cu_seqlens": torch.tensor([0, 2, 20], dtype=torch.int32)} if packed else {}
+def test_compiles_in_one_graph(evaluate, assert_close):
+    tensors = inputs(20, b=1, n=2, dtype=torch.float32)
+    options = {"cu_seqlens": torch.tensor([0, 2, 20], dtype=torch.int32)}
     compiled = torch.compile(short_conv, fullgraph=True, backend="aot_eager", dynamic=False)
     found = evaluate(compiled, tensors, output_final_state=True, **options)
     assert_close(found, evaluate(short_conv, tensors, output_final_state=True, **options), 1e-6)

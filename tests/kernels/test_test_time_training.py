@@ -109,13 +109,9 @@ def test_gradcheck(backend):
 
 # torch's own tracer instantiates autograd functions, which torch deprecates.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-@pytest.mark.parametrize("packed", [False, True])
-def test_compiles_in_one_graph(packed, evaluate, assert_close):
-    n = 3 if packed else 2
-    tensors = inputs("linear norm all", 5, b=1 if packed else 2, n=n, dtype=torch.float32)
-    options = {"offset": offsets(n)}
-    if packed:
-        options["cu_seqlens"] = torch.tensor([0, 1, 1, 5], dtype=torch.int32)
+def test_compiles_in_one_graph(evaluate, assert_close):
+    tensors = inputs("linear norm all", 5, b=1, n=3, dtype=torch.float32)
+    options = {"offset": offsets(3), "cu_seqlens": torch.tensor([0, 1, 1, 5], dtype=torch.int32)}
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager", dynamic=False)
     assert_close(evaluate(compiled, tensors, **options), evaluate(call, tensors, **options), 1e-5)
 

@@ -187,10 +187,9 @@ def test_gradcheck(backend):
 
 # torch's own tracer instantiates autograd functions, which torch deprecates.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-@pytest.mark.parametrize("packed", [False, True])
-def test_compiles_in_one_graph(packed, evaluate, assert_close):
-    tensors = inputs(9, b=1, n=2 if packed else 1, dtype=torch.float32)
-    options = {"cu_seqlens": torch.tensor([0, 1, 9], dtype=torch.int32)} if packed else {}
+def test_compiles_in_one_graph(evaluate, assert_close):
+    tensors = inputs(9, b=1, n=2, dtype=torch.float32)
+    options = {"cu_seqlens": torch.tensor([0, 1, 9], dtype=torch.int32)}
     compiled = torch.compile(op, fullgraph=True, backend="aot_eager", dynamic=False)
     assert_close(evaluate(compiled, tensors, **options), evaluate(op, tensors, **options), 1e-6)
 

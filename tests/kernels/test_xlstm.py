@@ -142,11 +142,10 @@ def test_gradcheck(op):
 # torch's own tracer instantiates autograd functions, which torch deprecates.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("packed", [False, True])
-def test_compiles_in_one_graph(op, packed, evaluate, assert_close):
+def test_compiles_in_one_graph(op, evaluate, assert_close):
     t = 70 if op == "mlstm" else 6  # the loop of the sLSTM is unrolled
-    tensors = INPUTS[op](t, b=1 if packed else 2, n=3 if packed else 2, dtype=torch.float32)
-    options = {"cu_seqlens": torch.tensor([0, 1, 1, t], dtype=torch.int32)} if packed else {}
+    tensors = INPUTS[op](t, b=1, n=3, dtype=torch.float32)
+    options = {"cu_seqlens": torch.tensor([0, 1, 1, t], dtype=torch.int32)}
     compiled = torch.compile(flat(op), fullgraph=True, backend="aot_eager", dynamic=False)
     expected = evaluate(flat(op), tensors, **options)
     assert_close(evaluate(compiled, tensors, **options), expected, 1e-5, 1e-4)

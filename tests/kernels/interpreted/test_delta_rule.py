@@ -99,17 +99,15 @@ def cut(monkeypatch):
     return set_size
 
 
-@pytest.mark.parametrize(
-    ("decay", "hv", "k", "v", "chunks"), [(None, 2, 12, 20, 1), ("head", 1, 36, 70, 1), ("token", 1, 16, 16, 2)]
-)
+@pytest.mark.parametrize(("decay", "hv", "k", "v", "chunks"), [(None, 2, 12, 20, 1), ("token", 1, 16, 16, 2)])
 def test_segments(check, cut, decay, hv, k, v, chunks):
     cut(chunks * CHUNK)
-    check(inputs(1, 3 * chunks * CHUNK + 5, 1, hv, k, v, decay))
+    check(inputs(1, 2 * chunks * CHUNK + 5, 1, hv, k, v, decay))
 
 
 def test_packed_sequences_of_segments(check, cut):
     cut(CHUNK)
-    options, t, n = packed(0, CHUNK, 1, 4 * CHUNK - 1, 0, 2 * CHUNK + 1)
+    options, t, n = packed(0, CHUNK, 1, 3 * CHUNK - 1, 0)
     check(inputs(1, t, 1, 1, 16, 16, "token", n=n), **options)
 
 

@@ -94,30 +94,23 @@ def segments(monkeypatch):
     monkeypatch.setattr("zoo.kernels.dplr.triton.segment_size", lambda *_: CHUNK)
 
 
-@both
 @pytest.mark.usefixtures("segments")
-def test_segments(check, op):
-    check(op, inputs(op, 1, 3 * CHUNK + 5, 1, 2, 20, 16))
+def test_segments(check):
+    check("dplr", inputs("dplr", 1, 2 * CHUNK + 5, 1, 2, 20, 16))
 
 
-@both
 @pytest.mark.usefixtures("segments")
-def test_segments_of_packed_sequences(check, op):
-    options, t, n = packed(0, 1, 2 * CHUNK + 5, 0, CHUNK, 3, CHUNK + 1)
-    check(op, inputs(op, 1, t, 1, 1, 16, 16, n=n), **options)
+def test_segments_of_packed_sequences(check):
+    options, t, n = packed(0, 1, 2 * CHUNK + 5, 0, 3)
+    check("delta_rule", inputs("delta_rule", 1, t, 1, 1, 16, 16, n=n), **options)
 
 
-@both
 @pytest.mark.usefixtures("segments")
-def test_no_result_depends_on_the_batch(evaluate, op):
-    tensors = inputs(op, 2, 2 * CHUNK + 3, 1, 1, 16, 16)
-    both = evaluate(lambda **x: run(op, **x, backend="triton"), tensors)
-    for n in range(2):
-        alone = evaluate(
-            lambda **x: run(op, **x, backend="triton"), {name: x[n : n + 1] for name, x in tensors.items()}
-        )
-        for name in ("output 0", "output 1"):
-            assert torch.equal(alone[name], both[name][n : n + 1])
+def test_no_result_depends_on_the_batch():
+    tensors = inputs("dplr", 2, 2 * CHUNK + 3, 1, 1, 16, 16)
+    both = run("dplr", **tensors, backend="triton")
+    alone = run("dplr", **{name: x[1:] for name, x in tensors.items()}, backend="triton")
+    assert all(torch.equal(one, two[1:]) for one, two in zip(alone, both, strict=True))
 
 
 def test_segments_follow_from_tokens_and_heads():
@@ -131,8 +124,7 @@ def test_segments_follow_from_tokens_and_heads():
     ]
 
 
-@both
-@pytest.mark.parametrize("limit", [0.0, 80.0])
+@pytest.mark.parametrize(("op", "limit"), [("dplr", 0.0), ("delta_rule", 80.0)])
 def test_both_ways_to_scores(check, monkeypatch, op, limit):
     """Level by level, and, where a chunk's decay allows it, at once."""
     monkeypatch.setattr("zoo.kernels.dplr.triton.MILD", {torch.float32: limit})

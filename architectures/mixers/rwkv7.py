@@ -1,0 +1,165 @@
+"""RWKV-7 "Goose" time mixing (Peng et al. 2025, arXiv 2503.14456): a delta rule whose erase and write vectors differ,
+with decays, learning rates and value mixes that the tokens choose.
+
+    S_t = (Diag(w_t) - (eta_t kappa_t)^T kappa_t) S_{t-1} + k'_t^T v_t,   o_t = r_t S_t + (r_t rho k'_t^T) v_t
+    w = exp(-e^{-1/2} sigmoid(low_w)),  eta = sigmoid(low_eta),  kappa = normalised(xi k),  k' = k (1 + (eta - 1) alpha)
+    v = v' + (v'_first - v') sigmoid(low_v),   y_t = (g_t * norm(o_t)) W_o,   g = sigmoid(x G) G'
+
+low_* are low-rank maps of the shifted input, v'_first is the value of the model's first layer, the norm (before the
+bonus term) is a layer norm of each head.
+
+B batch, T new tokens, D hidden size, H heads, K head dimension.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import initialization
+
+from zoo.architectures.core.cache import LayerCache
+from zoo.architectures.core.config import DecoderConfig
+from zoo.architectures.core.linear import check_sizes, recurrent_bytes
+from zoo.architectures.core.mixer import Context, Mixer, Output, grouped, keep_fp32, wide, wide_dtype
+from zoo.architectures.core.norms import head_norm
+from zoo.architectures.core.token_shift import HeadArgs, LowRank, decay_speeds, mixed, ramp, token_shift
+from zoo.errors import ZooError
+from zoo.kernels.dplr import dplr, dplr_step
+
+EXAMPLE = {"heads": 2, "head_dim": 16, "decay_rank": 8, "rate_rank": 8, "value_rank": 4, "gate_rank": 8}
+VARIANTS = {
+    "first": {**EXAMPLE, "first_value": "write"},
+    "later": {**EXAMPLE, "first_value": "read", "layer_index": 1, "depth": 3},
+}
+BEFORE = (("rwkv7", VARIANTS["first"]),)
+FIRST_VALUE = "first_value"
+SHIFTED = ("r", "w", "k", "v", "a", "g")  # rows of `mix`
+SLOWEST = math.exp(-0.5)  # the largest rate of decay
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args(HeadArgs):
+    """Ranks of the maps for the decay w, the learning rate eta, the value mix and the gate.
+
+    `first_value` says what becomes of the first layer's value: "write" hands this layer's on, "read" mixes it in,
+    None does neither.
+    """
+
+    decay_rank: int = 64
+    rate_rank: int = 64
+    value_rank: int = 32
+    gate_rank: int = 128
+    first_value: str | None = None
+
+    def check(self, config: DecoderConfig) -> None:
+        super().check(config)
+        check_sizes(
+            decay_rank=self.decay_rank, rate_rank=self.rate_rank, value_rank=self.value_rank, gate_rank=self.gate_rank
+        )
+        if self.first_value not in (None, "write", "read"):
+            raise ZooError(f"first_value {self.first_value!r} is unknown; it must be write or read, or null for none")
+
+
+class RWKV7(Mixer):
+    options = Args
+
+    def __init__(self, config: DecoderConfig, args: Args) -> None:
+        super().__init__()
+        self.args, self.width, self.heads = args, config.hidden_size, args.heads
+        inner = args.heads * args.head_dim
+        self.mix = nn.Parameter(torch.zeros(len(SHIFTED), self.width))
+        self.r_proj = nn.Linear(self.width, inner, bias=False)
+        self.k_proj = nn.Linear(self.width, inner, bias=False)
+        self.v_proj = nn.Linear(self.width, inner, bias=False)
+        self.o_proj = nn.Linear(inner, self.width, bias=False)
+        self.decay_map = LowRank(self.width, args.decay_rank, inner, torch.tanh)
+        self.rate_map = LowRank(self.width, args.rate_rank, inner)
+        self.gate_map = LowRank(self.width, args.gate_rank, inner, torch.sigmoid, offset=False)
+        if args.first_value == "read":
+            self.value_map = LowRank(self.width, args.value_rank, inner)
+        self.erase_scale, self.rate_scale = nn.Parameter(torch.ones(inner)), nn.Parameter(torch.ones(inner))
+        self.bonus = keep_fp32(nn.Parameter(torch.zeros(args.heads, args.head_dim, dtype=torch.float32)))
+        self.norm_weight, self.norm_bias = nn.Parameter(torch.ones(inner)), nn.Parameter(torch.zeros(inner))
+
+    @classmethod
+    def reads_of(cls, args: Args) -> tuple[str, ...]:
+        return (FIRST_VALUE,) if args.first_value == "read" else ()
+
+    @classmethod
+    def writes_of(cls, args: Args) -> tuple[str, ...]:
+        return (FIRST_VALUE,) if args.first_value == "write" else ()
+
+    def init_weights(self, std: float) -> None:
+        """As published: deeper layers look back less, channels from slow to fast, and a zigzag within each head."""
+        args, inner, weights = self.args, self.heads * self.args.head_dim, ramp(self.width)
+        powers = torch.tensor([0.2, 0.9, 0.7, 0.7, 0.9, 0.2]) * args.left
+        initialization.copy_(self.mix, 1 - weights ** powers[:, None])
+        line = torch.arange(inner) / max(inner - 1, 1) - 0.5
+        zigzag = torch.linspace(-1, 1, args.head_dim).repeat(self.heads)
+        zigzag = zigzag * zigzag.abs()
+        speeds = decay_speeds(inner, -6.0, 6.0, 1 + args.risen**0.3)
+        initialization.copy_(self.decay_map.offset, speeds + 0.5 + 2.5 * zigzag)
+        initialization.copy_(self.rate_map.offset, -0.19 + 0.3 * zigzag + 0.4 * line)
+        if args.first_value == "read":
+            initialization.copy_(self.value_map.offset, 0.73 - 0.4 * line)
+        initialization.copy_(self.erase_scale, 0.71 - 0.1 * line)
+        initialization.constant_(self.rate_scale, 1.02)
+        initialization.constant_(self.bonus, -0.04)
+        initialization.ones_(self.norm_weight)
+        initialization.zeros_(self.norm_bias)
+
+    def forward(self, x: Tensor, ctx: Context, cache: LayerCache | None = None) -> Output:
+        """`x [B, T, D] -> [B, T, D]`, and the value `[B, T, H K]` of a layer that writes it."""
+        before = token_shift(x, ctx, cache)
+        inputs = {name: mixed(x, before, share) for name, share in zip(SHIFTED, self.mix, strict=True)}
+        r, k, v = self.r_proj(inputs["r"]), self.k_proj(inputs["k"]), self.v_proj(inputs["v"])
+        written = {FIRST_VALUE: v} if self.args.first_value == "write" else {}
+        if self.args.first_value == "read":
+            v = mixed(v, ctx.values[FIRST_VALUE].to(v.dtype), self.value_map(inputs["v"]).sigmoid())
+        rate = self.rate_map(inputs["a"]).sigmoid()
+        erase = F.normalize(wide(grouped(k * self.erase_scale.to(k.dtype), self.heads)), dim=-1)
+        k = (wide(k) * (1 + (rate - 1) * wide(self.rate_scale))).to(x.dtype)
+        write = erase * grouped(rate, self.heads)
+        r, k, v = (grouped(part, self.heads) for part in (r, k, v))
+        a, b = (ctx.mask(part.to(x.dtype)) for part in (-erase, write))
+        o = self._recur(r, ctx.mask(k), ctx.mask(v), a, b, self._decay(inputs["w"], ctx), ctx, cache)
+        o = wide(head_norm(o, self.norm_weight, self.norm_bias, self.args.norm_eps))
+        bonus = (wide(r) * wide(k) * wide(self.bonus)).sum(-1, keepdim=True) * wide(v)
+        y = self.o_proj((self.gate_map(inputs["g"]) * (o + bonus.flatten(-2))).to(x.dtype))
+        return (y, written) if written else y
+
+    def _decay(self, x: Tensor, ctx: Context) -> Tensor:
+        """Log decay `[B, T, H, K]` in fp32; padding does not forget."""
+        return ctx.mask(grouped(-SLOWEST * self.decay_map(x).sigmoid(), self.heads))
+
+    def _recur(
+        self,
+        r: Tensor,
+        k: Tensor,
+        v: Tensor,
+        a: Tensor,
+        b: Tensor,
+        decay: Tensor,
+        ctx: Context,
+        cache: LayerCache | None,
+    ) -> Tensor:
+        if cache is None:
+            return dplr(r, k, v, a, b, decay, scale=1.0, cu_seqlens=ctx.cu_seqlens)[0]
+        shape = (r.shape[0], self.heads, self.args.head_dim, self.args.head_dim)
+        state = cache.state("state", shape, wide_dtype(r), "recurrent", r.device)
+        if ctx.phase == "decode" and r.shape[1] == 1 and not torch.is_grad_enabled():
+            return dplr_step(r, k, v, a, b, decay, scale=1.0, state=state)
+        o, new = dplr(r, k, v, a, b, decay, scale=1.0, initial_state=state, output_final_state=True)
+        assert new is not None
+        cache.put("state", new)
+        return o
+
+    def state_bytes(self, length: int, itemsize: int = 2) -> int:
+        return recurrent_bytes(self.heads, self.args.head_dim, self.args.head_dim) + self.width * itemsize
+
+
+MODULE = RWKV7

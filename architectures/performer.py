@@ -1,0 +1,44 @@
+"""Performer (Choromanski et al. 2020, arXiv 2009.14794): softmax attention estimated by positive random features
+throughout, with other features in every layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from zoo.architectures.core.config import DecoderConfig, Norm, Rope
+from zoo.architectures.core.stack import by_layer, uniform
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "tiny": dict(vocab_size=256, hidden_size=64, depth=2, heads=4, intermediate_size=128, features=32),
+    "340m": dict(vocab_size=32000, hidden_size=1024, depth=24, heads=16, intermediate_size=2816),
+}
+
+
+def layout(
+    *,
+    vocab_size: int,
+    hidden_size: int,
+    depth: int,
+    heads: int,
+    intermediate_size: int,
+    features: int = 256,
+    rope_theta: float = 10000.0,
+    norm_eps: float = 1e-6,
+    tied: bool = True,
+    max_position_embeddings: int = 2048,
+) -> DecoderConfig:
+    """`depth` layers of `features` random features per head, and SwiGLU."""
+    head_dim = hidden_size // heads
+    decoder = uniform(
+        "performer",
+        dict(heads=heads, head_dim=head_dim, features=features, rope="default"),
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        depth=depth,
+        intermediate_size=intermediate_size,
+        norm=Norm(eps=norm_eps),
+        tied=tied,
+        ropes={"default": Rope(dim=head_dim, theta=rope_theta)},
+        max_position_embeddings=max_position_embeddings,
+    )
+    return by_layer(decoder, seed=range(depth))
