@@ -20,7 +20,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "7b": dict(depth=32, **LARGE, **WORLD),
     "14b": dict(depth=61, **LARGE, **WORLD),
 }
-# 1b6 and 3b: arXiv 2404.05892, to the digits printed there; 7b and 14b: from the published tensors
+# 1b6 and 3b: arXiv 2404.05892, to the digits printed there; of 7b and 14b no count is published
 PARAMETERS = {"1b6": 1_600_000_000, "3b": 3_100_000_000}
 SIZES = {
     "num_heads": ("blocks.0.att.time_faaaa", 0),

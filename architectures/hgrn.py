@@ -9,7 +9,7 @@ from zoo.architectures.core.lower_bounds import rising
 from zoo.architectures.core.stack import uniform
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "tiny": dict(vocab_size=256, hidden_size=64, depth=3, intermediate_size=128),
+    "tiny": dict(vocab_size=256, hidden_size=64, depth=2, intermediate_size=128),
     "tiny_complex": dict(vocab_size=256, hidden_size=64, depth=2, intermediate_size=128, complex=True),
     # fla-hub/hgrn-1.3B-100B and fla-hub/hgrn-2.7B-100B
     "1b3": dict(vocab_size=32000, hidden_size=2048, depth=24, intermediate_size=5632, tied=False),

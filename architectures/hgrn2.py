@@ -9,7 +9,7 @@ from zoo.architectures.core.lower_bounds import rising
 from zoo.architectures.core.stack import uniform
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "tiny": dict(vocab_size=256, hidden_size=64, depth=3, heads=2, intermediate_size=128),
+    "tiny": dict(vocab_size=256, hidden_size=64, depth=2, heads=2, intermediate_size=128),
     # the shapes of flash-linear-attention's 1.3B and 2.7B models: keys of 128
     "1b3": dict(vocab_size=32000, hidden_size=2048, depth=24, heads=16, intermediate_size=5632, tied=False),
     "2b7": dict(vocab_size=32000, hidden_size=2560, depth=32, heads=20, intermediate_size=6912, tied=False),

@@ -1,5 +1,5 @@
-"""Phi-4-mini-flash (Ren et al. 2025, arXiv 2507.06607), a SambaY: Mamba and window layers, one full attention layer, then
-layers that read its keys and values or the memory of the last Mamba layer."""
+"""Phi-4-mini-flash (Ren et al. 2025, arXiv 2507.06607), a SambaY: Mamba and window layers, one full attention layer,
+and layers that read its keys and values or the memory of the last Mamba layer."""
 
 from __future__ import annotations
 

@@ -23,11 +23,11 @@ class LowerBounds(nn.Module):
 
     def __init__(self, depth: int, width: int) -> None:
         super().__init__()
-        self.weight = keep_fp32(nn.Parameter(torch.zeros(depth, width, dtype=torch.float32)))
+        self.gamma = keep_fp32(nn.Parameter(torch.zeros(depth, width, dtype=torch.float32)))
 
     def forward(self, layer_index: int) -> Tensor:
         """`[N]` in fp32: b_l of a layer after the first."""
-        shares = wide(self.weight).softmax(dim=0)
+        shares = wide(self.gamma).softmax(dim=0)
         return shares[1 : layer_index + 1].sum(0)
 
 

@@ -107,6 +107,8 @@ def _fp8(quantization: Mapping[str, Any], stored: Infos, dtype: torch.dtype) -> 
             raise ZooError(
                 f"tensor {name!r} in FP8 has {len(scales)} scales; it needs one, {name}_scale_inv or {name}_scale"
             )
+        if not stored[scales[0]].dtype.is_floating_point:
+            raise ZooError(f"scales {scales[0]!r} are {stored[scales[0]].dtype}; FP8 needs scales in floats")
         block = _block(name, info.shape, stored[scales[0]].shape, quantization.get("weight_block_size"))
         made[name] = Packed((name, scales[0]), info.shape, dtype, partial(expand_fp8, block=block, dtype=dtype))
     return made

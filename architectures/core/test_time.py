@@ -77,18 +77,18 @@ class Learner:
         }
         return {**stored, **own, OFFSET: stored[OFFSET].clamp(min=0)}
 
-    def run(self, inputs: tuple[Tensor, ...], gates: Mapping[str, Tensor], state: Tree, mask: Tensor | None) -> Any:
+    def run(self, tokens: Mapping[str, Tensor], state: Tree, mask: Tensor | None) -> tuple[Tensor, Tree]:
         """Outputs `[B, T, H, V]` and the next state; tokens that `mask [B, T]` leaves out do not count."""
-        if mask is None:
-            call = dict(initial_state=state, output_final_state=True, **gates, **self.options)
-            return test_time_training(*inputs, self.weights, **call)
-        rows = Rows(mask)
-        call = {name: rows.pack(gate) for name, gate in gates.items()} | self.options
-        twice = {name: x.repeat_interleave(2, dim=0) for name, x in state.items()}
-        call |= dict(initial_state=twice, output_final_state=True, cu_seqlens=rows.bounds)
-        o, new = test_time_training(*(rows.pack(x) for x in inputs), self.weights, **call)
+        rows = None if mask is None else Rows(mask)
+        call: dict[str, Any] = dict(weights=self.weights, output_final_state=True, **self.options)
+        if rows is None:
+            call |= dict(initial_state=state, **tokens)
+        else:
+            call |= {name: rows.pack(x) for name, x in tokens.items()}
+            call |= dict(initial_state=rows.twice(state), cu_seqlens=rows.bounds)
+        o, new = test_time_training(**call)
         assert new is not None
-        return rows.unpack(o), {name: x[::2] for name, x in new.items()}
+        return (o, new) if rows is None else (rows.unpack(o), rows.once(new))
 
 
 class Rows:
@@ -110,33 +110,38 @@ class Rows:
         """`[1, B T, ...] -> [B, T, ...]`."""
         return _along(x[0].unflatten(0, self.shape), self.order.argsort(dim=1))
 
+    @staticmethod
+    def twice(state: Tree) -> Tree:
+        """A row's state for both of its sequences."""
+        return {name: x.repeat_interleave(2, dim=0) for name, x in state.items()}
+
+    @staticmethod
+    def once(state: Tree) -> Tree:
+        """The states of the rows' tokens."""
+        return {name: x[::2] for name, x in state.items()}
+
 
 def _along(x: Tensor, order: Tensor) -> Tensor:
     return torch.take_along_dim(x, order.view(*order.shape, *[1] * (x.dim() - 2)), dim=1)
 
 
-def learn(
-    learner: Learner,
-    inputs: tuple[Tensor, ...],
-    ctx: Context,
-    cache: LayerCache | CacheView | None,
-    **gates: Tensor,
-) -> Tensor:
-    """`test_time_training` of `inputs = (q, k, v, lr)`, `q, k [B, T, H, K]`, `v [B, T, H, V]`, `lr [B, T, H]`, with
-    `gates` momentum and decay `[B, T, H]` if the learner forgets; the cache's states are continued and kept."""
+def learn(learner: Learner, tokens: Mapping[str, Tensor], ctx: Context, cache: LayerCache | CacheView | None) -> Tensor:
+    """`test_time_training` of `tokens`: `q, k [B, T, H, K]`, `v [B, T, H, V]`, `lr [B, T, H]`, and `momentum` and
+    `decay` `[B, T, H]` if the learner forgets; the cache's states are continued and kept. `[B, T, H, V]`."""
+    rows = tokens["q"].shape[0]
+    call: dict[str, Any] = dict(weights=learner.weights, **tokens, **learner.options)
     if cache is None and ctx.padding_mask is None:
-        options = learner.options | {"cu_seqlens": ctx.cu_seqlens}
-        return test_time_training(*inputs, learner.weights, **gates, **options)[0]
+        return test_time_training(**call, cu_seqlens=ctx.cu_seqlens)[0]
     if cache is None:
-        return learner.run(inputs, gates, learner.start(inputs[0].shape[0]), ctx.padding_mask)[0]
-    stored = learner.stored(inputs[0].shape[0], cache)
-    single = ctx.phase == "decode" and inputs[0].shape[1] == 1 and ctx.padding_mask is None
+        return learner.run(tokens, learner.start(rows), ctx.padding_mask)[0]
+    stored = learner.stored(rows, cache)
+    single = ctx.phase == "decode" and tokens["q"].shape[1] == 1 and ctx.padding_mask is None
     if single and not torch.is_grad_enabled():
         for name, value in learner.begun(stored).items():
             if value is not stored[name]:
                 stored[name].copy_(value)
-        return test_time_training_step(*inputs, learner.weights, state=stored, **gates, **learner.options)
-    o, new = learner.run(inputs, gates, learner.begun(stored), ctx.padding_mask)
+        return test_time_training_step(**call, state=stored)
+    o, new = learner.run(tokens, learner.begun(stored), ctx.padding_mask)
     keep(new, cache)
     return o
 

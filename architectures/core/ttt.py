@@ -105,7 +105,7 @@ class TTT(Mixer):
         q, k = self._keys(x, ctx, cache)
         v = grouped(self.v_proj(x), self.heads)
         lr = wide(self.lr_proj(x)).sigmoid() * (self.args.base_lr / self.head_dim)
-        o = learn(self._learner(x), (q, k, v, lr), ctx, cache).to(x.dtype)
+        o = learn(self._learner(x), {"q": q, "k": k, "v": v, "lr": lr}, ctx, cache).to(x.dtype)
         o = self.o_norm(o.flatten(-2))
         if self.args.gate:
             o = F.gelu(self.g_proj(x), approximate="tanh") * o

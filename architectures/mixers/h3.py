@@ -2,11 +2,12 @@
 
     o = q * diag(shift(k) * v),   q, k, v = x W + b,   y = o W_o + b_o
     shift:  k'_t = sum over j < W of w_j k_{t-j} + d k_t
-    diag:   s_t = exp(dt A) s_{t-1} + B u_t,   y_t = 2 Re(C s_t) + D u_t    (S4D, one A, dt, C, D per head)
+    diag:   s_t = A s_{t-1} + B u_t,   y_t = 2 Re(C s_t) + D u_t
 
 `*` is elementwise for heads of one channel; otherwise k'^T v is the outer product of a head, [K, K], every number of
-which passes the head's state space, and q multiplies it as a row vector. A = -exp(a) + i omega is diagonal with N
-complex numbers, of which a conjugate each is left out; u is held between tokens, B = (exp(dt A) - 1) / A.
+which passes the head's state space, and q multiplies it as a row vector. A = (1 + z) / (1 - z) and B = dt / (1 - z),
+with z = dt (-exp(a) + i omega) / 2, are diagonal (S4D with the bilinear rule): N complex numbers per head, whose
+conjugates are left out.
 
 B batch, T new tokens, D hidden size, H heads, K head dimension, W width of the shift, N states.
 """
@@ -52,6 +53,11 @@ class Args(mixer.Args):
 
 class H3(Mixer):
     options = Args
+    log_dt: nn.Parameter
+    A_log: nn.Parameter
+    omega: nn.Parameter
+    C: nn.Parameter
+    D: nn.Parameter
 
     def __init__(self, config: DecoderConfig, args: Args) -> None:
         super().__init__()
@@ -62,7 +68,7 @@ class H3(Mixer):
         self.v_proj = nn.Linear(width, width)
         self.o_proj = nn.Linear(width, width)
         self.convs = ConvStates({"k": width}, args.shift, None)
-        self.shift_D = nn.Parameter(torch.ones(width))
+        self.shift_skip = nn.Parameter(torch.ones(width))
         shapes = dict(log_dt=(self.heads,), A_log=(self.heads, self.states), omega=(self.heads, self.states))
         shapes |= dict(C=(self.heads, self.states, 2), D=(self.heads,))
         for name, shape in shapes.items():
@@ -79,25 +85,24 @@ class H3(Mixer):
         initialization.copy_(self.omega, (math.pi * torch.arange(self.states)).expand(self.heads, -1))
         initialization.normal_(self.C, std=0.5**0.5)
         initialization.normal_(self.D)
-        initialization.normal_(self.shift_D)
+        initialization.normal_(self.shift_skip)
 
     def forward(self, x: Tensor, ctx: Context, cache: LayerCache | None = None) -> Tensor:
         """`x [B, T, D] -> [B, T, D]`."""
         q, k, v = (grouped(ctx.mask(p(x)), self.heads) for p in (self.q_proj, self.k_proj, self.v_proj))
-        shifted = self.convs("k", k.flatten(-2), ctx, cache) + k.flatten(-2) * self.shift_D.to(k.dtype)
+        shifted = self.convs("k", k.flatten(-2), ctx, cache) + k.flatten(-2) * self.shift_skip.to(k.dtype)
         kv = grouped(shifted, self.heads)[..., :, None] * v[..., None, :]
         y = self._diag(kv.flatten(2), ctx, cache).view_as(kv)
         return self.o_proj((q[..., None] * y).sum(-2).flatten(-2).to(x.dtype))
 
     def _diag(self, u: Tensor, ctx: Context, cache: LayerCache | None) -> Tensor:
         """The diagonal state space over `u [B, T, H K K]`; padding neither writes nor forgets."""
-        dt = wide(self.log_dt).exp()
-        A = torch.complex(-wide(self.A_log).exp(), wide(self.omega))
-        steps = dt[:, None] * A
-        C = 2 * torch.view_as_complex(wide(self.C)) * torch.expm1(steps) / steps  # B goes with C
-        dt, A, C, D = (self._spread(part) for part in (dt, A, C, wide(self.D)))
-        one = torch.ones_like(C.real)
-        return selected(u, ctx.mask(dt.expand(u.shape)), A, one, C, D, ctx, cache)
+        half = wide(self.log_dt).exp()[:, None] * torch.complex(-wide(self.A_log).exp(), wide(self.omega)) / 2
+        A = ((1 + half) / (1 - half)).log()  # the op takes exp(A)
+        C = 2 * torch.view_as_complex(wide(self.C)) * wide(self.log_dt).exp()[:, None] / (1 - half)  # B goes with C
+        A, C, D = (self._spread(part) for part in (A, C, wide(self.D)))
+        one, there = torch.ones_like(C.real), ctx.mask(wide(torch.ones_like(u)))
+        return selected(u, there, A, one, C, D, ctx, cache)
 
     def _spread(self, x: Tensor) -> Tensor:
         """`[H, ...]` to the channels of the outer products, `[H K K, ...]`."""

@@ -73,7 +73,7 @@ class HGRN(Mixer):
     def init_weights(self, std: float) -> None:
         initialization.ones_(self.o_norm)
         if self.args.layer_index:
-            initialization.zeros_(self.forget.bounds.weight)
+            initialization.zeros_(self.forget.bounds.gamma)
         if self.args.complex:
             initialization.copy_(self.theta, THETA ** (-torch.arange(self.width) / self.width))
 

@@ -64,7 +64,7 @@ class HGRN2(Mixer):
     def init_weights(self, std: float) -> None:
         initialization.ones_(self.o_norm)
         if self.args.layer_index:
-            initialization.zeros_(self.forget.bounds.weight)
+            initialization.zeros_(self.forget.bounds.gamma)
 
     def forward(self, x: Tensor, ctx: Context, cache: LayerCache | None = None) -> Tensor:
         """`x [B, T, D] -> [B, T, D]`."""

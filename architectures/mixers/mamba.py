@@ -23,11 +23,11 @@ from zoo.architectures.core import mixer
 from zoo.architectures.core.cache import LayerCache
 from zoo.architectures.core.config import DecoderConfig
 from zoo.architectures.core.linear import check_sizes, check_width
-from zoo.architectures.core.mixer import Context, Mixer, Output, keep_fp32, wide, wide_dtype
+from zoo.architectures.core.mixer import Context, Mixer, Output, keep_fp32, wide
 from zoo.architectures.core.norms import RMSNorm
 from zoo.architectures.core.recurrent import ConvStates
+from zoo.architectures.core.selected import selected
 from zoo.errors import ZooError
-from zoo.kernels.selective_scan import selective_scan, selective_scan_step
 
 NORMS = ("rms", "weightless")
 EXAMPLE = {"inner": 96, "state_dim": 8}
@@ -110,17 +110,7 @@ class Mamba(Mixer):
     def _scan(self, u: Tensor, ctx: Context, cache: LayerCache | None) -> Tensor:
         """`u [B, T, I]`, after the convolution, to `y [B, T, I]`, before the gate."""
         dt, B, C = self._selection(u)
-        args = (u, ctx.mask(dt), -wide(self.A_log).exp(), B, C, wide(self.D))
-        if cache is None:
-            return selective_scan(*args, cu_seqlens=ctx.cu_seqlens)[0]
-        shape = (u.shape[0], self.inner, self.states)
-        state = cache.state("state", shape, wide_dtype(u), "recurrent", u.device)
-        if ctx.phase == "decode" and u.shape[1] == 1 and not torch.is_grad_enabled():
-            return selective_scan_step(*args, state=state)
-        y, new = selective_scan(*args, initial_state=state, output_final_state=True)
-        assert new is not None
-        cache.put("state", new)
-        return y
+        return selected(u, ctx.mask(dt), -wide(self.A_log).exp(), B, C, wide(self.D), ctx, cache)
 
     def _selection(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """dt `[B, T, I]` in fp32, B and C `[B, T, N]`, all made from `u [B, T, I]`."""

@@ -15,15 +15,14 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization
 
+from zoo.architectures.core.averaged import average_bytes, averaged
 from zoo.architectures.core.cache import LayerCache
 from zoo.architectures.core.config import DecoderConfig
 from zoo.architectures.core.linear import check_sizes
-from zoo.architectures.core.mixer import Context, Mixer, keep_fp32, wide, wide_dtype
+from zoo.architectures.core.mixer import Context, Mixer, keep_fp32, wide
 from zoo.architectures.core.token_shift import DepthArgs, decay_speeds, mixed, ramp, token_shift
-from zoo.kernels.weighted_average import weighted_average, weighted_average_step
 
 EXAMPLE = {"attention_size": 48, "layer_index": 1, "depth": 3}
-STATES = {"numerator": 0.0, "denominator": 0.0, "maximum": -1e38}  # and what an empty one holds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,30 +68,11 @@ class RWKV4(Mixer):
         k = self.k_proj(mixed(before, x, self.mix_k))
         v = self.v_proj(mixed(before, x, self.mix_v))
         r = self.r_proj(mixed(before, x, self.mix_r))
-        decay = -wide(self.time_decay).exp()
-        if ctx.padding_mask is not None:  # padding weighs nothing and forgets nothing
-            k = k.masked_fill(~ctx.padding_mask[..., None], -torch.inf)
-            decay = ctx.mask(decay.expand(k.shape))
-        return self.o_proj(r.sigmoid() * self._average(k, v, decay, ctx, cache).to(r.dtype))
-
-    def _average(self, k: Tensor, v: Tensor, decay: Tensor, ctx: Context, cache: LayerCache | None) -> Tensor:
-        bonus = wide(self.time_first)
-        if cache is None:
-            return weighted_average(k, v, decay, bonus, cu_seqlens=ctx.cu_seqlens)[0]
-        shape, dtype = (k.shape[0], self.channels), wide_dtype(k)
-        parts = (cache.state(name, shape, dtype, "recurrent", k.device, fill) for name, fill in STATES.items())
-        numerator, denominator, maximum = parts
-        state = (numerator, denominator, maximum)
-        if ctx.phase == "decode" and k.shape[1] == 1 and not torch.is_grad_enabled():
-            return weighted_average_step(k, v, decay, bonus, state=state)
-        o, new = weighted_average(k, v, decay, bonus, initial_state=state, output_final_state=True)
-        assert new is not None
-        for name, value in zip(STATES, new, strict=True):
-            cache.put(name, value)
-        return o
+        wkv = averaged(k, v, -wide(self.time_decay).exp(), wide(self.time_first), ctx, cache)
+        return self.o_proj(r.sigmoid() * wkv.to(r.dtype))
 
     def state_bytes(self, length: int, itemsize: int = 2) -> int:
-        return 3 * self.channels * torch.float32.itemsize + self.width * itemsize
+        return average_bytes(self.channels) + self.width * itemsize
 
 
 MODULE = RWKV4

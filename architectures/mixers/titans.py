@@ -77,6 +77,17 @@ class Args(mixer.Args):
             raise ZooError(f"window was {self.window} and conv {self.conv}; variant memory has window null and conv 0")
 
 
+class PersistentTokens(nn.Module):
+    """`forward() -> [P, D]`."""
+
+    def __init__(self, count: int, hidden: int) -> None:
+        super().__init__()
+        self.tokens = nn.Parameter(torch.zeros(count, hidden))
+
+    def forward(self) -> Tensor:
+        return self.tokens
+
+
 class PersistentAttention(SoftmaxAttention):
     """Attention that also sees persistent tokens `[P, D]`, which have no position."""
 
@@ -84,11 +95,11 @@ class PersistentAttention(SoftmaxAttention):
         super().__init__(config, SoftmaxArgs(heads=args.heads, head_dim=args.head_dim, rope=args.rope))
         self.window = args.window
         if args.persistent:
-            self.persistent = nn.Parameter(torch.zeros(args.persistent, config.hidden_size))
+            self.persistent = PersistentTokens(args.persistent, config.hidden_size)
 
     def init_weights(self, std: float) -> None:
         if hasattr(self, "persistent"):
-            initialization.normal_(self.persistent)
+            initialization.normal_(self.persistent.tokens)
 
     @property
     def recent(self) -> int | None:
@@ -103,7 +114,7 @@ class PersistentAttention(SoftmaxAttention):
             o: Tensor = attention(q, keys.k, keys.v, **call)
             return o
         parts = [attention(q, keys.k, keys.v, return_lse=True, **call)]
-        k, v = (p(self.persistent.to(q.dtype)).expand(q.shape[0], -1, -1) for p in (self.k_proj, self.v_proj))
+        k, v = (p(self.persistent().to(q.dtype)).expand(q.shape[0], -1, -1) for p in (self.k_proj, self.v_proj))
         k, v = grouped(k, self.kv_heads), grouped(v, self.kv_heads)
         parts.append(attention(q, k, v, causal=False, return_lse=True, backend=call["backend"]))
         return merge(parts)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from zoo_models import ROPES, draw, feed, forward, make, same, swiglu_layer
 
+import zoo
 from zoo import registry
 from zoo.architectures.core import mixer as contract
 from zoo.architectures.core.cache import LayerCache
@@ -163,6 +164,31 @@ def test_a_bad_layer_is_refused_in_one_line(
     monkeypatch.setattr(nn.Linear, "__init__", lambda *_, **__: allocated.append(1))
     with pytest.raises(ZooError) as caught:
         decoder(Layer(**layer))
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+    assert not allocated
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(layout="gla,retnett"), "mixer 'retnett' is not registered"),
+        (dict(layout="gla(window=8),attention"), "layer 0 (gla): unknown argument 'window'"),
+        (dict(layout="attention,cross(kv='far')"), "layer 1 (cross) reads far.k"),
+        (dict(layout="cross,attention(writes='kv')"), "layer 0 (cross) reads kv.k"),
+        (dict(layout="attention", heads=3), "heads was 3; it must divide hidden_size (64)"),
+        (dict(layout="attention(kv_heads=3)"), "heads must be a multiple of kv_heads"),
+        (dict(layout="gla*5"), "has 5 layers; the model has 4"),
+        (dict(layout="gla;attention"), "is invalid at"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value["layout"],
+)
+def test_a_bad_layout_string_is_refused_in_one_line(
+    arguments: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    allocated: list[int] = []
+    monkeypatch.setattr(nn.Module, "__init__", lambda *_, **__: allocated.append(1))
+    with pytest.raises(ZooError) as caught:
+        zoo.create("hybrid", **arguments)
     assert message in str(caught.value) and "\n" not in str(caught.value)
     assert not allocated
 

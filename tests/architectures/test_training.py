@@ -61,11 +61,11 @@ def test_bf16_keeps_decays_in_fp32(model: ZooForCausalLM, tmp_path: Path) -> Non
 
 def test_a_long_bf16_roll_out_stays_near_fp32(model: ZooForCausalLM, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
-    low, ids = ZooForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16), draw(1, 100)
-    steps = (8, *[1] * 92)
+    low, ids = ZooForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16), draw(1, 64)
+    steps = (8, *[1] * 56)
     found, expected = feed(low, ids, steps)[0].float(), forward(model, ids)
-    late = error(found[:, -20:], expected[:, -20:])[0]
-    early = error(found[:, :20], expected[:, :20])[0]
+    late = error(found[:, -16:], expected[:, -16:])[0]
+    early = error(found[:, :16], expected[:, :16])[0]
     assert late <= 0.05 and late <= 3 * early + 0.005, (early, late)
 
 

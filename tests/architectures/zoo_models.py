@@ -1,8 +1,8 @@
 """The models that the contracts are tested on, and how their outputs are compared.
 
-Two layers of every registered mixer, channel and block, as `EXAMPLE` and `VARIANTS` of its file say and, for mixers, as
-made from attention; and the tiny presets of every architecture. A mixer that reads what another layer writes names that
-layer in `BEFORE`, as (mixer, arguments). Nothing here names one of them.
+A stack for every registered mixer, channel and block: a layer with each of the arguments that `EXAMPLE` and `VARIANTS` of
+its file give and, for mixers, as made from attention; and the tiny presets of every architecture. A mixer that reads what
+another layer writes names that layer in `BEFORE`, as (mixer, arguments). Nothing here names one of them.
 """
 
 from __future__ import annotations
@@ -60,25 +60,36 @@ def examples(kind: str, name: str) -> dict[str, dict[str, Any]]:
     return cases | {f"{prefix}/{variant}": args for variant, args in getattr(module, "VARIANTS", {}).items()}
 
 
-def part_cases() -> dict[str, tuple[Layer, ...]]:
-    """The layers of every case: those that come before, and two of the kind that is tested."""
-    cases: dict[str, tuple[Layer, ...]] = {}
+def part_layers() -> dict[str, Layer]:
+    """A layer for each of the arguments of every part, by `name` and `name/variant`."""
+    layers: dict[str, Layer] = {}
     for name in registry.names("mixers"):
-        module = registry.load("mixers", name)
-        if module.MODULE.encoder_only:
-            continue
-        before = tuple(swiglu_layer(mixer, args) for mixer, args in getattr(module, "BEFORE", ()))
-        made = examples("mixers", name)
+        cls = registry.get("mixers", name, "MODULE")
+        made = {} if cls.encoder_only else examples("mixers", name)
         if convertible(name):
-            made[f"{name}/from_attention"] = dict(module.MODULE.from_attention(SPEC).args)
-        cases |= {case: (*before, *[swiglu_layer(name, args)] * 2) for case, args in made.items()}
+            made[f"{name}/from_attention"] = dict(cls.from_attention(SPEC).args)
+        layers |= {case: swiglu_layer(name, args) for case, args in made.items()}
     attention = dict(mixer="attention", mixer_args=registry.get("mixers", "attention", "EXAMPLE"))
     for name in registry.names("channels"):
         for case, args in examples("channels", name).items():
-            cases[case] = (Layer(**attention, channel=name, channel_args=args),) * 2
+            layers[case] = Layer(**attention, channel=name, channel_args=args)
     for name in registry.names("blocks"):
         for case, args in examples("blocks", name).items():
-            cases[case] = (swiglu_layer(**attention, block=name, block_args=args),) * 2
+            layers[case] = swiglu_layer(**attention, block=name, block_args=args)
+    return layers
+
+
+def part_cases() -> dict[str, tuple[Layer, ...]]:
+    """The stack of every part: the layers that come before, and all of its own, two at least."""
+    stacks: dict[str, list[Layer]] = {}
+    for name, layer in PARTS.items():
+        length = 2 if name.startswith(("channels/", "blocks/")) else 1
+        stacks.setdefault("/".join(name.split("/")[:length]), []).append(layer)
+    cases = {}
+    for name, layers in stacks.items():
+        before = getattr(registry.load("mixers", name), "BEFORE", ()) if "/" not in name else ()
+        own = layers * 2 if len(layers) == 1 else layers
+        cases[name] = (*(swiglu_layer(mixer, args) for mixer, args in before), *own)
     return cases
 
 
@@ -98,13 +109,14 @@ def swiglu_layer(mixer: str, mixer_args: dict[str, Any], **fields: Any) -> Layer
     return Layer(mixer=mixer, mixer_args=mixer_args, **{**channel, **fields})
 
 
+PARTS = part_layers()
 PART_CASES = part_cases()
 CASES = [*PART_CASES, *presets()]
 
 
 def stack(names: Sequence[str], vocab_size: int = VOCAB, tied: bool = False) -> ZooConfig:
     """The config of a decoder with one layer per name; a name is a mixer's or `mixer/variant`."""
-    return _config(tuple(PART_CASES[name][-1] for name in names), vocab_size, tied)
+    return _config(tuple(PARTS[name] for name in names), vocab_size, tied)
 
 
 def _config(layers: tuple[Layer, ...], vocab_size: int = VOCAB, tied: bool = False) -> ZooConfig:
