@@ -9,9 +9,9 @@ from zoo.architectures.core.stack import uniform
 
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": dict(vocab_size=256, hidden_size=64, depth=2, heads=4, intermediate_size=128),
-    # The paper's small and medium language models on WikiText-103: 16 layers, 8 heads, widths 128 and 256.
+    # the widths of the paper's small and medium models of WikiText-103 (IDSIA/lmtool-fwp, example_scripts)
     "small": dict(vocab_size=267735, hidden_size=128, depth=16, heads=8, intermediate_size=2048, channel="gelu_mlp"),
-    "medium": dict(vocab_size=267735, hidden_size=256, depth=16, heads=8, intermediate_size=4096, channel="gelu_mlp"),
+    "medium": dict(vocab_size=267735, hidden_size=256, depth=16, heads=8, intermediate_size=2048, channel="gelu_mlp"),
 }
 
 

@@ -36,7 +36,7 @@ from zoo.architectures.core.test_time import OFFSET, Tree, keep
 from zoo.errors import ZooError
 from zoo.kernels.attention import attention
 
-VARIANTS_OF_TITANS = ("memory", "gate", "layer")
+FORMS = ("memory", "gate", "layer")
 EXAMPLE = {"heads": 2, "head_dim": 16, "mini_batch": 4, "window": 5, "rope": "default"}
 VARIANTS = {
     "layer": {**EXAMPLE, "variant": "layer", "memory_width": None, "persistent": 0},
@@ -69,8 +69,8 @@ class Args(mixer.Args):
         sizes = dict(heads=self.heads, head_dim=self.head_dim, window=self.window, memory_width=self.memory_width)
         check_sizes(**sizes, mini_batch=self.mini_batch)
         check_rope(self.rope, config)
-        if self.variant not in VARIANTS_OF_TITANS:
-            raise ZooError(f"variant {self.variant!r} is unknown; it must be one of {', '.join(VARIANTS_OF_TITANS)}")
+        if self.variant not in FORMS:
+            raise ZooError(f"variant {self.variant!r} is unknown; it must be one of {', '.join(FORMS)}")
         if self.persistent < 0 or self.conv < 0:
             raise ZooError(f"persistent was {self.persistent} and conv {self.conv}; neither may be negative")
         if self.variant == "memory" and (self.window is not None or self.conv):
@@ -189,7 +189,8 @@ class Titans(Mixer):
         laid = [plan.lay(part) for part in (x, self.attention.queries(x, ctx)[0], *self.attention.keys_values(x, ctx))]
         ropes = {name: (plan.lay(cos), plan.lay(sin)) for name, (cos, sin) in ctx.ropes.items()}
         positions, alone = plan.lay(ctx.positions), held is None and ctx.padding_mask is None and ctx.cu_seqlens is None
-        outputs, kept = [], ([], [])  # type: ignore[var-annotated]
+        outputs: list[Tensor] = []
+        kept: tuple[list[Tensor], list[Tensor]] = ([], [])
         for m in range(plan.count):
             part = slice(m * plan.size, (m + 1) * plan.size)
             here = {name: (cos[:, part], sin[:, part]) for name, (cos, sin) in ropes.items()}
@@ -203,8 +204,8 @@ class Titans(Mixer):
             y = self._attend(q, both, inside)
             remembered, state = self.memory.advance(y, state, None if alone else plan.there[:, part])
             outputs.append(self._gated(y, remembered))
-            for list_, value in zip(kept, both, strict=True):
-                list_.append(value)
+            for values, value in zip(kept, both, strict=True):
+                values.append(value)
         return torch.cat(outputs, 1), [torch.cat(values, 1) for values in kept], state
 
     def _attend(self, q: Tensor, both: list[Tensor], ctx: Context) -> Tensor:

@@ -54,4 +54,6 @@ def prepare(x: Tensor, a: Tensor | None, b: Tensor, c: Tensor, *rest: Any) -> tu
 def state_type(x: Tensor, a: Tensor | None) -> torch.dtype:
     """The dtype of the state: fp32 or fp64, complex beside a complex A."""
     wide = state_dtype(x.dtype)
-    return wide.to_complex() if a is not None and a.is_complex() else wide
+    if a is None or not a.is_complex():
+        return wide
+    return torch.complex128 if wide == torch.float64 else torch.complex64  # torch.compile cannot trace to_complex

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from zoo_models import VOCAB, case_config, draw, error, feed, forward, make, parts, same
+from zoo_models import VOCAB, case_config, draw, feed, forward, make, parts, same
 
 from zoo.architectures.core.modeling import ZooForCausalLM
 
@@ -64,8 +64,8 @@ def test_a_long_bf16_roll_out_stays_near_fp32(model: ZooForCausalLM, tmp_path: P
     low, ids = ZooForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16), draw(1, 64)
     steps = (8, *[1] * 56)
     found, expected = feed(low, ids, steps)[0].float(), forward(model, ids)
-    late = error(found[:, -16:], expected[:, -16:])[0]
-    early = error(found[:, :16], expected[:, :16])[0]
+    size = ((found - expected).square().mean(-1) / expected.square().mean(-1)).sqrt()[0]
+    early, late = size[:16].median(), size[-16:].median()  # a token may fall to another expert, a state must not drift
     assert late <= 0.05 and late <= 3 * early + 0.005, (early, late)
 
 

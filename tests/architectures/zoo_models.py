@@ -1,8 +1,9 @@
 """The models that the contracts are tested on, and how their outputs are compared.
 
-A stack for every registered mixer, channel and block: a layer with each of the arguments that `EXAMPLE` and `VARIANTS` of
-its file give and, for mixers, as made from attention; and the tiny presets of every architecture. A mixer that reads what
-another layer writes names that layer in `BEFORE`, as (mixer, arguments). Nothing here names one of them.
+A stack for every registered mixer, channel and block: a layer with each of the arguments that `EXAMPLE` and
+`VARIANTS` of its file give and, for mixers, as made from attention; and the tiny presets of every architecture. A
+mixer that reads what another layer writes names that layer in `BEFORE`, as (mixer, arguments). Nothing here names one
+of them.
 """
 
 from __future__ import annotations

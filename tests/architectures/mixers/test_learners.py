@@ -213,30 +213,34 @@ def test_titans_put_attention_and_memory_together(variant: str, width: int | Non
     sizes = dict(heads=2, head_dim=16, rope="default", persistent=2, memory_width=width, mini_batch=C, window=window)
     m = make_mixer("titans", variant=variant, conv=0 if variant == "memory" else 4, **sizes)
     x, ctx = inputs(tokens=10)
-    found = m(x, ctx)
-    for b in range(2):
-        memory = Remembering(m.memory)
-        expected = []
-        if variant == "memory":
-            for t in range(10):
-                if t % C == 0:
-                    seen: list[tuple[Tensor, int]] = []
-                seen += [(memory.read(x[b, t]), t), (x[b, t], t)]
-                y = attended(m.attention, x[b, t], t, seen)
-                q, k, v = (heads(F.silu(linear(y, p)), 2) for p in (m.memory.q_proj, m.memory.k_proj, m.memory.v_proj))
-                expected.append((y, q, k, v))
-                if t % C == C - 1 or t == 9:
-                    for place in range(t // C * C, t + 1):
-                        y, q, k, v = expected[place]
-                        expected[place] = gated(m, y, memory.learn(q, k, v, y))  # type: ignore[call-overload]
-        else:
-            remembered = memory.tokens(x[b])
-            source = remembered if variant == "layer" else x[b]
-            for t in range(10):
-                near = [(source[s], s) for s in range(max(0, t - 2), t + 1)]
-                y = attended(m.attention, source[t], t, near)
-                expected.append(y if variant == "layer" else gated(m, y, remembered[t]))  # type: ignore[arg-type]
-        same(found[b], torch.stack(expected), 1e-9)  # type: ignore[arg-type]
+    naive = in_segments if variant == "memory" else over_a_window
+    same(m(x, ctx), torch.stack([naive(m, row) for row in x]), 1e-9)
+
+
+def in_segments(m: Any, x: Tensor) -> Tensor:
+    """MAC over `x [T, D]`: a segment is attended to first, then learned."""
+    memory, outputs = Remembering(m.memory), []
+    for start in range(0, x.shape[0], m.args.mini_batch):
+        seen: list[tuple[Tensor, int]] = []
+        attention = []
+        for t in range(start, min(start + m.args.mini_batch, x.shape[0])):
+            seen += [(memory.read(x[t]), t), (x[t], t)]
+            attention.append(attended(m.attention, x[t], t, seen))
+        for y in attention:
+            q, k, v = (heads(F.silu(linear(y, p)), 2) for p in (m.memory.q_proj, m.memory.k_proj, m.memory.v_proj))
+            outputs.append(gated(m, y, memory.learn(q, k, v, y)))
+    return torch.stack(outputs)
+
+
+def over_a_window(m: Any, x: Tensor) -> Tensor:
+    """MAG and MAL over `x [T, D]`."""
+    remembered, outputs = Remembering(m.memory).tokens(x), []
+    source = remembered if m.args.variant == "layer" else x
+    for t in range(x.shape[0]):
+        near = [(source[s], s) for s in range(max(0, t - m.args.window + 1), t + 1)]
+        y = attended(m.attention, source[t], t, near)
+        outputs.append(y if m.args.variant == "layer" else gated(m, y, remembered[t]))
+    return torch.stack(outputs)
 
 
 @pytest.mark.parametrize(

@@ -110,7 +110,7 @@ BOUNDED = {
 
 @pytest.mark.parametrize("kind", BOUNDED)
 def test_only_what_can_still_be_seen_is_kept(kind: str) -> None:
-    model = make(kind)
+    model = make([kind, kind])
     _, cache = feed(model, torch.randint(1, 90, (1, 40)), [39, 1])
     for layer in cache.layers:
         assert {state.tensor.shape[1] for state in layer._states.values()} == {BOUNDED[kind]}

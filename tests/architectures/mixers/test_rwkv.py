@@ -164,7 +164,7 @@ def test_decays_and_mixes_start_by_depth() -> None:
 
 @pytest.mark.parametrize("name", ["rwkv7", "channels/rwkv_channel_mix", "slstm/bare"])
 def test_padding_between_tokens_is_skipped(name: str) -> None:
-    model, rows = make(name), ids(2, 10)
+    model, rows = make([name, name]), ids(2, 10)
     batch, mask = rows.clone(), torch.ones_like(rows)
     batch[0, 3:6], mask[0, 3:6] = 7, 0
     batch[1, 7:9], mask[1, 7:9] = 7, 0  # at the end of a chunk
