@@ -33,7 +33,7 @@ demo: $(READY)
 	OMP_NUM_THREADS=2 $(BIN)/zoo demo
 
 cards: $(READY)
-	$(BIN)/zoo card --all
+	$(BIN)/zoo card
 
 # The wheel is built from the source archive, so that no stale build folder takes part.
 wheel: $(READY)

@@ -1,4 +1,4 @@
-"""TTT-Linear (Sun et al. 2024, arXiv 2407.04620) throughout: layers whose state is a linear model that learns as it reads."""
+"""TTT-Linear (Sun et al. 2024, arXiv 2407.04620) throughout: the state is a linear model that learns as it reads."""
 
 from __future__ import annotations
 

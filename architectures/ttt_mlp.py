@@ -1,4 +1,4 @@
-"""TTT-MLP (Sun et al. 2024, arXiv 2407.04620) throughout: layers whose state is a two-layer network that learns as it reads."""
+"""TTT-MLP (Sun et al. 2024, arXiv 2407.04620) throughout: the state is a two-layer network that learns as it reads."""
 
 from __future__ import annotations
 
