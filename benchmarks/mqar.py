@@ -66,22 +66,16 @@ def distinct(rows: int, count: int, generator: torch.Generator, device: str) -> 
 # ---- one run --------------------------------------------------------------------------------------------------------
 def model_of(mixer: str, width: int) -> ZooForCausalLM:
     """Two layers of `mixer` with the sizes that a layout string would give it."""
-    module = registry.load("mixers", mixer)
-    before = getattr(module, "BEFORE", ())  # a mixer that reads needs its writer first
-    layers = [Layer(mixer=name, mixer_args=_sized(name, width)) for name in (*(b for b, _ in before), mixer, mixer)]
+    layer = Layer(mixer=mixer, mixer_args=registry.get("mixers", mixer, "MODULE").default_args(width, HEADS))
     decoder = DecoderConfig(
         vocab_size=VOCABULARY,
         hidden_size=width,
-        layers=tuple(layers),
+        layers=(layer, layer),
         head=Head(tied=True),
         ropes={"default": Rope(dim=width // HEADS)},
         max_position_embeddings=TOKENS,
     )
     return ZooForCausalLM(ZooConfig.from_decoder(decoder, "mqar"))
-
-
-def _sized(mixer: str, width: int) -> dict[str, Any]:
-    return registry.get("mixers", mixer, "MODULE").default_args(width, HEADS)
 
 
 def run(mixer: str, width: int, seed: int, device: str, steps: int) -> dict[str, Any]:
@@ -163,7 +157,9 @@ def wanted(mixers: list[str], done: set[tuple[str, int, int]]) -> Iterator[tuple
 
 
 def causal_mixers() -> list[str]:
-    return [name for name in registry.names("mixers") if not registry.get("mixers", name, "MODULE").encoder_only]
+    """All but encoders, and those that only read what another mixer made of the tokens."""
+    modules = {name: registry.load("mixers", name) for name in registry.names("mixers")}
+    return [name for name, module in modules.items() if not (module.MODULE.encoder_only or hasattr(module, "BEFORE"))]
 
 
 def read(path: Path) -> list[dict[str, str]]:
