@@ -158,8 +158,9 @@ def wanted(mixers: list[str], done: set[tuple[str, int, int]]) -> Iterator[tuple
 
 def causal_mixers() -> list[str]:
     """All but encoders, and those that only read what another mixer made of the tokens."""
-    modules = {name: registry.load("mixers", name) for name in registry.names("mixers")}
-    return [name for name, module in modules.items() if not (module.MODULE.encoder_only or hasattr(module, "BEFORE"))]
+    classes = {name: registry.get("mixers", name, "MODULE") for name in registry.names("mixers")}
+    causal = {name: cls for name, cls in classes.items() if not cls.encoder_only}
+    return [name for name, cls in causal.items() if not cls.reads_of(cls.parse(cls.default_args(WIDTHS[0], HEADS)))]
 
 
 def read(path: Path) -> list[dict[str, str]]:
