@@ -63,10 +63,14 @@ def logits(model: Any, ids: Tensor) -> Tensor:
 
 
 def transformers_logits(path: Path, ids: Tensor) -> Tensor:
-    """Logits of transformers' own class for a published checkpoint, in fp32."""
+    """Logits of transformers' own class for a published checkpoint, in fp32.
+
+    Its eager attention is the definition: others leave out soft caps.
+    """
     from transformers import AutoModelForCausalLM
 
-    return logits(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), ids)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
+    return logits(model, ids)
 
 
 def fresh_logits(folder: Path, ids: Tensor) -> Tensor:

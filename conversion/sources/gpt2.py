@@ -1,5 +1,7 @@
-"""GPT-2 (Radford et al. 2019) as transformers publishes it: LayerNorm, GELU, biases and learned positions; linear layers
-are stored transposed, queries, keys and values as one."""
+"""GPT-2 (Radford et al. 2019) as transformers publishes it: LayerNorm, GELU, biases and learned positions.
+
+Linear layers are stored transposed, queries, keys and values as one.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
 """GPT-NeoX and Pythia (Black et al. 2022, arXiv 2204.06745; Biderman et al. 2023, arXiv 2304.01373) as transformers
-publishes them: LayerNorm, GELU and biases, attention and MLP side by side or one after the other, rotation of a share of
-each head; queries, keys and values are stored as one, head by head."""
+publishes them: LayerNorm, GELU and biases, attention and MLP side by side or in turn, rotation of a share of each head.
+
+Queries, keys and values are stored as one, head by head.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from zoo.architectures.core.config import DecoderConfig, Head, Layer, Norm, Rope
-from zoo.architectures.core.local_global import BIASES, arguments
+from zoo.architectures.core.local_global import BIASES
 from zoo.architectures.core.published import confirm, head_rule, part_of, require, rope, rope_parameters
 from zoo.architectures.core.rules import Rule, alias, drop, rename, unweave
 from zoo.conversion.sources.gpt2 import ACTIVATIONS, PUBLISHED_ACTIVATIONS
@@ -52,7 +54,9 @@ def rules(config: Mapping[str, Any]) -> Sequence[Rule]:
     heads = config["num_attention_heads"]
     sizes = [config["hidden_size"] // heads] * 3
     fused = (
-        unweave(f"{_THEIRS}attention.query_key_value.{kind}", [f"{_OURS}mixer.{n}_proj.{kind}" for n in "qkv"], sizes, heads)
+        unweave(
+            f"{_THEIRS}attention.query_key_value.{kind}", [f"{_OURS}mixer.{n}_proj.{kind}" for n in "qkv"], sizes, heads
+        )
         for kind in ("weight", "bias")
     )
     tied = bool(config.get("tie_word_embeddings", False))
@@ -97,7 +101,10 @@ def _rope(config: Mapping[str, Any], head_dim: int) -> Rope:
     """The rotary table; the usual names of its fields are not this format's, and transformers passes over them."""
     for usual, name in (("rope_theta", "rotary_emb_base"), ("partial_rotary_factor", "rotary_pct")):
         require(config, usual, (config[name],), config[name])
-    given = {"rope_theta": config["rotary_emb_base"], **(config.get("rope_scaling") or config.get("rope_parameters") or {})}
+    given = {
+        "rope_theta": config["rotary_emb_base"],
+        **(config.get("rope_scaling") or config.get("rope_parameters") or {}),
+    }
     sizes = {name: config[name] for name in ("model_type", "max_position_embeddings") if name in config}
     return rope({**sizes, "rope_parameters": given}, head_dim, partial=config["rotary_pct"])
 

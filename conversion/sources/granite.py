@@ -1,5 +1,5 @@
-"""Granite 3 (IBM 2024) as transformers publishes it: Llama with multipliers on the embedding, the residual branches, the
-scores and the logits."""
+"""Granite 3 (IBM 2024) as transformers publishes it: Llama with multipliers on the embedding, the residual branches,
+the scores and the logits."""
 
 from __future__ import annotations
 
@@ -43,9 +43,7 @@ def _fields(decoder: DecoderConfig) -> dict[str, Any]:
 FORMAT = LlamaLike(
     model_type="granite",
     causal_lm="GraniteForCausalLM",
-    defaults=dict(
-        embedding_multiplier=1.0, residual_multiplier=1.0, attention_multiplier=1.0, logits_scaling=1.0
-    ),
+    defaults=dict(embedding_multiplier=1.0, residual_multiplier=1.0, attention_multiplier=1.0, logits_scaling=1.0),
     layers=_layers,
     finish=_finish,
     fields=_fields,

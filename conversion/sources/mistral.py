@@ -1,4 +1,4 @@
-"""Mistral 7B (Jiang et al. 2023, arXiv 2310.06825) as transformers publishes it: Llama with one window in all layers."""
+"""Mistral 7B (Jiang et al. 2023, arXiv 2310.06825) as transformers publishes it: Llama with a window in all layers."""
 
 from __future__ import annotations
 

@@ -37,7 +37,9 @@ def _layers(config: Config, layer: Layer) -> Sequence[Layer]:
     )
     window = config["sliding_window"] if config["use_sliding_window"] else None
     layers = with_windows(normed(config, layer), one_window({**config, "sliding_window": window}))
-    return [replace(one, channel="moe", channel_args=moe) if _sparse(config, i) else one for i, one in enumerate(layers)]
+    return [
+        replace(one, channel="moe", channel_args=moe) if _sparse(config, i) else one for i, one in enumerate(layers)
+    ]
 
 
 def _experts(config: Config) -> int:

@@ -35,12 +35,6 @@ def word_tokenizer() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>")
 
 
-@pytest.fixture(scope="session")
-def tokenizer() -> Any:
-    """The tokenizer of few words."""
-    return word_tokenizer()
-
-
 def save_llama(folder: Path, max_shard_size: str = "5GB", **values: Any) -> Path:
     """A Llama checkpoint with every parameter random: no bias is zero, no norm is one."""
     from transformers import LlamaConfig, LlamaForCausalLM

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import zoo
 from zoo import registry
@@ -51,8 +51,10 @@ Make = Callable[[str], Path]
 
 
 @pytest.fixture(scope="module")
-def make(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Make:
-    """`make(model_type)` is the directory of a random checkpoint with a tokenizer."""
+def make(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Make:
+    """`make(model_type)` is the directory of a random checkpoint with a tokenizer of bytes, which Qwen2's class, that
+    transformers takes for `qwen2` whatever was saved, reads the same."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
 
     def made(name: str) -> Path:
         folder = tmp_path_factory.mktemp("source") / name

@@ -1,4 +1,4 @@
-"""Every softmax format that conversion reads: transformers' logits, the layouts that published configs give, and back."""
+"""The softmax formats that conversion reads: transformers' logits and back, and the layouts that configs give."""
 
 from __future__ import annotations
 
@@ -100,16 +100,12 @@ CONFIGS: dict[str, tuple[dict[str, Any], ...]] = {
         ),
     ),
     "granite": (
-        dict(
-            SIZES, embedding_multiplier=12, residual_multiplier=0.22, attention_multiplier=0.3, logits_scaling=3.7
-        ),
+        dict(SIZES, embedding_multiplier=12, residual_multiplier=0.22, attention_multiplier=0.3, logits_scaling=3.7),
         dict(OTHER, attention_bias=True, mlp_bias=True, rope_parameters=LINEAR, attention_multiplier=0.0078125),
     ),
     "gpt_neox": (
         dict(SIZES, rope_parameters={"rope_theta": 1000.0, "partial_rotary_factor": 0.5}),
-        dict(
-            NEOX, use_parallel_residual=False, attention_bias=False, hidden_act="gelu_new", layer_norm_eps=1e-3
-        ),
+        dict(NEOX, use_parallel_residual=False, attention_bias=False, hidden_act="gelu_new", layer_norm_eps=1e-3),
     ),
     "gpt2": (
         dict(GPT2),
