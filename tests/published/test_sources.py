@@ -46,6 +46,7 @@ PADDING = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)
 NEOX = {name: value for name, value in OTHER.items() if name not in ("num_key_value_heads", "rms_norm_eps")}
 GPT2 = dict(vocab_size=101, n_embd=48, n_layer=2, n_head=3, n_positions=256)
 CONFIGS: dict[str, tuple[dict[str, Any], ...]] = {
+    "llama": (dict(SIZES, head_dim=16, attention_bias=True, mlp_bias=True), dict(OTHER, rope_parameters=LLAMA3)),
     "mistral": (
         dict(SIZES, head_dim=16, sliding_window=9),
         dict(OTHER, sliding_window=None, rope_parameters=LINEAR),
@@ -129,6 +130,11 @@ def config_of(name: str, index: int = 0, **changes: Any) -> dict[str, Any]:
     return copy.deepcopy({"model_type": name, **CONFIGS[name][index], **changes})  # transformers fills in nested fields
 
 
+def test_every_source_of_a_plain_transformer_is_here() -> None:
+    sources = {name for name in zoo.list("sources") if registry.get("sources", name, "ARCHITECTURE") == "transformer"}
+    assert sources == set(NAMES)
+
+
 @pytest.mark.parametrize(("name", "index"), [(name, i) for name in NAMES for i in range(len(CONFIGS[name]))])
 def test_logits_are_those_of_transformers_and_back(name: str, index: int, tmp_path: Path) -> None:
     ours = assert_published(config_of(name, index), tmp_path)
@@ -156,17 +162,20 @@ def test_a_field_left_out_is_what_transformers_takes(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_another_activation_is_refused_by_name(name: str) -> None:
+    with pytest.raises(ZooError, match="relu"):
+        registry.load("sources", name).decoder(config_of(name, hidden_act="relu", activation_function="relu"))
+
+
+@pytest.mark.parametrize("name", sorted(set(NAMES) - {"gpt2"}))
 @pytest.mark.parametrize(
     ("changes", "word"),
     [
-        (dict(hidden_act="relu", activation_function="relu"), "relu"),
         (dict(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}), "dynamic"),
         (dict(rope_parameters=None, rope_scaling={"type": "longrope", "short_factor": [1.0]}), "longrope"),
     ],
 )
-def test_what_no_format_computes_is_refused_by_name(name: str, changes: dict[str, Any], word: str) -> None:
-    if name == "gpt2" and word != "relu":
-        pytest.skip("GPT-2 has no rotary table")
+def test_another_rope_type_is_refused_by_name(name: str, changes: dict[str, Any], word: str) -> None:
     with pytest.raises(ZooError, match=word):
         registry.load("sources", name).decoder(config_of(name, **changes))
 
@@ -260,5 +269,5 @@ def test_a_decoder_of_another_kind_cannot_be_published(tmp_path: Path) -> None:
         with pytest.raises(ZooError):
             registry.load("sources", name).published(made[other], {})
     for name in NAMES:
-        with pytest.raises(ZooError, match="hybrid|gated_delta_net|layer 0"):
+        with pytest.raises(ZooError, match="layer 0 is gated_delta_net"):
             registry.load("sources", name).published(zoo.config("gated_delta_net", preset="tiny").decoder_config, {})
