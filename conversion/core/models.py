@@ -62,15 +62,12 @@ def logits(model: Any, ids: Tensor) -> Tensor:
     return result
 
 
-def transformers_logits(path: Path, ids: Tensor) -> Tensor:
-    """Logits of transformers' own class for a published checkpoint, in fp32.
-
-    Its eager attention is the definition: others leave out soft caps.
-    """
+def transformers_logits(path: Path, ids: Tensor, *, eager: bool = False) -> Tensor:
+    """Logits of transformers' own class for a published checkpoint, in fp32; `eager` attention is its definition."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
-    return logits(model, ids)
+    options = {"attn_implementation": "eager"} if eager else {}
+    return logits(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **options), ids)
 
 
 def fresh_logits(folder: Path, ids: Tensor) -> Tensor:
