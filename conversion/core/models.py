@@ -62,11 +62,12 @@ def logits(model: Any, ids: Tensor) -> Tensor:
     return result
 
 
-def transformers_logits(path: Path, ids: Tensor) -> Tensor:
-    """Logits of transformers' own class for a published checkpoint, in fp32."""
+def transformers_logits(path: Path, ids: Tensor, *, eager: bool = False) -> Tensor:
+    """Logits of transformers' own class for a published checkpoint, in fp32; `eager` attention is its definition."""
     from transformers import AutoModelForCausalLM
 
-    return logits(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), ids)
+    options = {"attn_implementation": "eager"} if eager else {}
+    return logits(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **options), ids)
 
 
 def fresh_logits(folder: Path, ids: Tensor) -> Tensor:

@@ -45,7 +45,7 @@ def nothing(folder: Path) -> None:
 
 CASES: dict[str, tuple[Callable[[Path], Any], dict[str, Any], str]] = {
     "missing path": (shutil.rmtree, {}, "no directory at .*check the path"),
-    "unsupported model_type": (edit(model_type="gpt_neox"), {}, "'gpt_neox' is not supported.*llama"),
+    "unsupported model_type": (edit(model_type="opt"), {}, "'opt' is not supported.*llama"),
     "no model_type": (edit(model_type=None), {}, "supported are: .*llama"),
     "truncated shard": (truncate, {}, "is truncated"),
     "corrupt config": (lambda folder: (folder / "config.json").write_text('{"a": '), {}, "not valid JSON"),
