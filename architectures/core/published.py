@@ -106,8 +106,9 @@ def rope(config: Mapping[str, Any], head_dim: int, pairing: str = "half", partia
     share = given.pop("partial_rotary_factor", None) or config.get("partial_rotary_factor") or partial
     require({**config, "rope_type": kind}, "rope_type", ROPE_TYPES, "default")
     if kind in STRETCHED:
-        length = config.get("original_max_position_embeddings") or config.get("max_position_embeddings", 2048)
-        given.setdefault("original_max_position_embeddings", length)
+        name = "original_max_position_embeddings"  # outside the rope's parameters it wins, as in transformers
+        inside = given.get(name) or config.get("max_position_embeddings", 2048)
+        given[name] = config.get(name) or inside
     scaling = {} if kind == "default" else {"rope_type": kind, **given}
     return Rope(dim=int(head_dim * share), theta=float(theta), scaling=scaling, pairing=pairing)
 

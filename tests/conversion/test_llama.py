@@ -59,6 +59,13 @@ def test_the_older_spelling_of_ropes_means_the_same(make_llama: Any, kind: str, 
     assert llama.decoder({**config, "rope_scaling": scaling}) == new
 
 
+def test_the_length_before_stretching_may_stand_outside(make_llama: Any) -> None:
+    path = make_llama(rope_parameters=dict(YARN))
+    config = json.loads((path / "config.json").read_text()) | {"original_max_position_embeddings": 64}
+    (path / "config.json").write_text(json.dumps(config))
+    assert_close(logits(zoo.from_pretrained(path)), logits(LlamaForCausalLM.from_pretrained(path)))
+
+
 @pytest.mark.parametrize("name", VARIANTS)
 def test_saved_as_published_transformers_loads_it(make_llama: Any, tmp_path: Path, name: str) -> None:
     path = make_llama(**VARIANTS[name])
