@@ -87,6 +87,20 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"q {list(q.shape)} and v {list(v.shape)} must have B, K and V of at least 1")
 
 
+def check_keys(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """q [B, Tq, H, K], k [B, Tk, Hk, K] and v [B, Tk, Hk, V], of one dtype and device, with H a multiple of Hk."""
+    check_float("q", q)
+    for name, x, dims in (("q", q, "B Tq H K"), ("k", k, "B Tk Hk K"), ("v", v, "B Tk Hk V")):
+        check_shape(name, x, None, dims)
+        check_like(name, x, q, q.dtype)
+    check_shape("k", k, (q.shape[0], *k.shape[1:3], q.shape[3]), "B Tk Hk K")
+    check_shape("v", v, (*k.shape[:3], v.shape[3]), "B Tk Hk V")
+    if k.shape[2] < 1 or q.shape[2] < 1 or q.shape[2] % k.shape[2]:
+        raise ValueError(f"q has {q.shape[2]} heads; it must be a positive multiple of the {k.shape[2]} heads of k")
+    if q.shape[0] < 1 or q.shape[3] < 1 or v.shape[3] < 1:
+        raise ValueError(f"q {list(q.shape)} and v {list(v.shape)} must have B, K and V of at least 1")
+
+
 def check_gate(name: str, x: Any, q: Tensor, shape: Sequence[int], dims: str, *, required: bool = False) -> None:
     """An fp32 (fp64) tensor of one shape: beta, value_decay, initial_state, ..."""
     if x is not None or required:

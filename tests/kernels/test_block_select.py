@@ -1,0 +1,297 @@
+"""The choice of blocks: against naive scores and a naive choice written here, budgets, forced blocks, causality."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from zoo.kernels.block_sparse_attention import block_sparse_attention, query_blocks, select
+from zoo.kernels.block_sparse_attention.budget import BudgetSchedule
+from zoo.kernels.block_sparse_attention.scores import SCORES, pool_keys
+from zoo.kernels.block_sparse_attention.select import refine, select_blocks
+
+STRIDE, SCALE = 4, 0.4
+BUDGETS = [
+    BudgetSchedule(fixed=3),
+    BudgetSchedule(fraction=0.5),
+    BudgetSchedule(alpha=1.5, exponent=0.5),
+    BudgetSchedule(mass=0.7),
+    BudgetSchedule(mass=0.9, least=2, most=4),
+]
+
+
+def inputs(tq, tk=None, b=2):
+    return {"q": torch.randn(b, tq, 4, 6).double() * 2, "k": torch.randn(b, tk or tq, 2, 6).double()}
+
+
+def estimate(queries, at, keys, score, causal):
+    """One number per key block, by list of queries at positions `at` and key blocks; of antidiagonals weights."""
+    if score == "mean":
+        pooled = sum(queries) / len(queries)
+        return [SCALE * float(pooled @ block.mean(0)) for block in keys]
+    if score == "bounds":
+        bound = [[float(torch.maximum(q * x.amax(0), q * x.amin(0)).sum()) for q in queries] for x in keys]
+        return [SCALE * max(row) for row in bound]
+    masses = [0.0] * len(keys)
+    for a in range(0, len(queries), STRIDE):
+        tile, last = queries[a : a + STRIDE], at[a : a + STRIDE][-1]
+        logits = {}
+        for c, block in enumerate(keys):
+            for d in range(0, len(block), STRIDE):
+                begin = sum(len(x) for x in keys[:c]) + d
+                if not causal or begin <= last:
+                    pairs = [
+                        float(tile[STRIDE - 1 - t] @ block[d + t])
+                        for t in range(STRIDE)
+                        if STRIDE - 1 - t < len(tile) and d + t < len(block)
+                    ]
+                    logits[c, d] = SCALE / STRIDE * sum(pairs)
+        total = sum(math.exp(x) for x in logits.values())
+        for (c, _), x in logits.items():
+            masses[c] += math.exp(x) / total
+    return masses
+
+
+def choose(q, k, at, budget, *, block, score, heads, causal, local, sink):
+    """The lists of one query block whose queries [n, H, K] lie at `at`, over keys [length, Hk, K]."""
+    groups, n = q.shape[1] // k.shape[1], -(-len(k) // block)
+    first, last = at[0] // block, at[-1] // block
+    allowed = [c for c in range(n) if not causal or c <= last]
+    own = [c for c in allowed if first <= c <= last]
+    forced = {c for c in allowed if c < sink}
+    if local:
+        forced |= {c for c in allowed if first - local < c and c < last + (1 if causal else local)}
+    if causal:
+        allowed = [c for c in allowed if c not in own or c in forced]
+    scored = [c for c in allowed if score == "antidiagonal" or not (causal and c in own)]
+    by_head = []
+    for h in range(q.shape[1]):
+        keys = [k[c * block : (c + 1) * block, h // groups] for c in range(n)]
+        values = estimate(list(q[:, h]), at, keys, score, causal)
+        if score != "antidiagonal" and (budget.mass is not None or heads == "kv"):
+            total = sum(math.exp(values[c]) for c in scored)
+            values = [math.exp(values[c]) / total if c in scored else 0.0 for c in range(n)]
+        by_head.append(values)
+    lists = []
+    for g in range(len(by_head) if heads == "query" else k.shape[1]):
+        shared = by_head[g : g + 1] if heads == "query" else by_head[g * groups : (g + 1) * groups]
+        value = [sum(x) / len(shared) for x in zip(*shared, strict=True)]
+        order = sorted(forced) + sorted((c for c in allowed if c not in forced), key=lambda c: -value[c])
+        lists.append(order[: max(count(budget, [value[c] if c in scored else 0.0 for c in order]), len(forced))])
+    return lists
+
+
+def count(budget, weights):
+    n = len(weights)
+    if budget.mass is not None:
+        wanted, found = budget.mass * sum(weights), 0
+        while found < n and sum(weights[:found]) < wanted - 1e-9:
+            found += 1
+    elif budget.fixed is not None:
+        found = budget.fixed
+    else:
+        exact = budget.fraction * n if budget.fraction is not None else budget.alpha * n**budget.exponent
+        found = math.ceil(exact - 1e-9)
+    return min(max(found, budget.least), budget.most or n, n)
+
+
+def assert_lists(found, expected):
+    """Rows [(b, row, lists by head)] beside blocks and counts."""
+    blocks, counts = found
+    assert blocks.dtype == counts.dtype == torch.int32
+    for n, row, lists in expected:
+        for head, want in enumerate(lists):
+            own = blocks[n, head, row].tolist()
+            assert int(counts[n, head, row]) == len(want), (n, row, head, own, want)
+            assert sorted(own[: len(want)]) == sorted(want), (n, row, head, own, want)
+            assert all(x == -1 for x in own[len(want) :])
+
+
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("heads", ["kv", "query"])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("budget", BUDGETS, ids=str)
+@pytest.mark.parametrize(("local", "sink"), [(1, 0), (2, 1), (0, 0)])
+def test_equals_naive_choice(score, heads, causal, budget, local, sink):
+    tensors, (query_block, block) = inputs(44, 75), (16, 8)
+    if score == "antidiagonal":
+        tensors = inputs(44, 76)  # whole tiles: the definition of a cut one is that of zeros
+    tk, options = tensors["k"].shape[1], {"score": score, "heads": heads, "causal": causal}
+    options |= {"local": local, "sink": sink}
+    found = select_blocks(
+        **tensors, budget=budget, query_block=query_block, block=block, stride=STRIDE, scale=SCALE, **options
+    )
+    expected = []
+    for n in range(2):
+        for row in range(3):
+            i = list(range(16 * row, min(16 * row + 16, 44)))
+            at = [tk - 44 + x for x in i]
+            lists = choose(tensors["q"][n, i], tensors["k"][n], at, budget, block=block, **options)
+            expected.append((n, row, lists))
+    assert_lists(found, expected)
+
+
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("budget", BUDGETS[::3], ids=str)
+def test_packed_and_padded_equal_separate(score, budget):
+    """Each sequence of a packed batch, and each left-padded row, is chosen for as if it were alone."""
+    ends, options = [0, 0, 20, 21, 60], {"query_block": 16, "block": 8, "score": score, "stride": STRIDE, "sink": 1}
+    cu_seqlens, tensors = torch.tensor(ends, dtype=torch.int32), inputs(60, b=1)
+    blocks, counts = select_blocks(**tensors, budget=budget, cu_seqlens=cu_seqlens, **options)
+    row = 0
+    for a, b in zip(ends, ends[1:], strict=False):
+        if a == b:
+            continue
+        alone = {name: x[:, a:b] for name, x in tensors.items()}
+        padded = {name: torch.cat([x.new_full((1, 7, *x.shape[2:]), 99.0), x], 1) for name, x in alone.items()}
+        want, number = select_blocks(**alone, budget=budget, **options)
+        rows = slice(row, row := row + number.shape[2])
+        width = min(want.shape[3], blocks.shape[3])
+        assert torch.equal(counts[:, :, rows], number) and torch.equal(blocks[:, :, rows, :width], want[..., :width])
+        assert (blocks[:, :, rows, width:] == -1).all() and (want[..., width:] == -1).all()
+        other, other_number = select_blocks(**padded, budget=budget, starts=torch.tensor([7]), **options)
+        assert torch.equal(other_number[:, :, : number.shape[2]], number)
+        width = min(want.shape[3], other.shape[3])
+        assert torch.equal(other[:, :, : number.shape[2], :width], want[..., :width])
+
+
+@pytest.mark.parametrize("score", ["mean", "bounds"])
+@pytest.mark.parametrize("budget", BUDGETS, ids=str)
+def test_one_list_per_query_looks_at_no_later_key(score, budget):
+    tensors, options = inputs(50), {"query_block": 1, "block": 8, "score": score, "budget": budget}
+    before = select_blocks(**tensors, **options)
+    tensors["k"][:, 30:] = 9.0
+    after = select_blocks(**tensors, **options)
+    assert torch.equal(before[1][:, :, :30], after[1][:, :, :30])
+    width = min(before[0].shape[3], after[0].shape[3])
+    assert torch.equal(before[0][:, :, :30, :width], after[0][:, :, :30, :width])
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_decoding_with_pooled_keys_equals_the_whole(score):
+    block = 1 if score == "antidiagonal" else 8
+    tensors, stride = inputs(40), 1 if score == "antidiagonal" else 8
+    options = {"query_block": 1, "block": block, "score": score, "stride": stride, "budget": 3}
+    whole = select_blocks(**tensors, **options)
+    pooled = pool_keys(tensors["k"], size=block, score=score)
+    for i in (0, 17, 39):
+        one = select_blocks(
+            tensors["q"][:, i : i + 1], tensors["k"] * 0, pooled=pooled, q_positions=torch.tensor([i]), **options
+        )
+        assert torch.equal(one[0], whole[0][:, :, i : i + 1]) and torch.equal(one[1], whole[1][:, :, i : i + 1])
+
+
+def test_bounds_are_above_every_score():
+    tensors = inputs(40, b=1)
+    pooled = pool_keys(tensors["k"], size=8, score="bounds")
+    high, low = pooled.split(6, -1)
+    q = tensors["q"].unflatten(2, (2, 2))
+    bound = torch.maximum(q[:, :, None] * high[:, None, :, :, None], q[:, :, None] * low[:, None, :, :, None]).sum(-1)
+    scores = torch.einsum("bixgk,bjxk->bijxg", q, tensors["k"]).unflatten(2, (-1, 8)).amax(3)
+    assert (bound >= scores - 1e-9).all()
+
+
+def test_slices_do_not_matter(monkeypatch):
+    tensors, options = inputs(100), {"query_block": 16, "block": 16, "budget": BudgetSchedule(mass=0.8)}
+    for score in SCORES:
+        whole = select_blocks(**tensors, score=score, **options)
+        with monkeypatch.context() as small:
+            small.setattr(select, "LIMIT", 1)
+            parts = select_blocks(**tensors, score=score, **options)
+        assert all(torch.equal(x, y) for x, y in zip(whole, parts, strict=True))
+
+
+def test_estimates_never_fill_all_scores(monkeypatch):
+    sizes = []
+    original = select.estimate
+    monkeypatch.setattr(select, "LIMIT", 1 << 14)
+    monkeypatch.setattr(select, "estimate", lambda *args: sizes.append(original(*args).numel()) or original(*args))
+    tensors = inputs(2048, b=1)
+    for score in SCORES:
+        sizes.clear()
+        select_blocks(**tensors, budget=4, query_block=16, block=64, score=score)
+        assert len(sizes) > 1 and max(sizes) <= 1 << 14
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_all_mass_is_dense_attention(score):
+    tensors, v = inputs(50), torch.randn(2, 50, 2, 5).double()
+    blocks, counts = select_blocks(
+        **tensors, budget=BudgetSchedule(fraction=1.0), query_block=16, block=16, score=score, heads="query"
+    )
+    o = block_sparse_attention(**tensors, v=v, blocks=blocks, counts=counts, query_block=16, block=16)
+    every = torch.arange(4).expand(2, 4, query_blocks(50, 16), -1)
+    torch.testing.assert_close(o, block_sparse_attention(**tensors, v=v, blocks=every, query_block=16, block=16))
+
+
+def test_the_best_block_is_found():
+    """One block holds the key that every query asks for."""
+    for score in SCORES:
+        q, k = torch.ones(1, 64, 2, 4), torch.zeros(1, 64, 2, 4)
+        k[:, 16:32] = 3.0
+        blocks, counts = select_blocks(q, k, 2, query_block=16, block=16, score=score)
+        assert (counts[..., 3] == 2).all() and (blocks[..., 3, :].sort(-1).values == torch.tensor([1, 3])).all()
+
+
+def test_refine():
+    blocks, counts = refine(torch.tensor([[[[2, 0]]]]), torch.tensor([[[1]]]), 3)
+    assert blocks.tolist() == [[[[6, 7, 8, 0, 1, 2]]]] and counts.tolist() == [[[3]]]
+    negative, none = refine(torch.tensor([-1]), None, 2)
+    assert (negative < 0).all() and none is None
+
+
+def test_budgets():
+    n, weights = torch.tensor([0, 1, 7, 100]), torch.ones(4, 100)
+    assert BudgetSchedule(fixed=5).counts(n, weights).tolist() == [0, 1, 5, 5]
+    assert BudgetSchedule(fraction=0.1, least=2).counts(n, weights).tolist() == [0, 1, 2, 10]
+    assert BudgetSchedule(alpha=2.0, exponent=0.5, most=12).counts(n, weights).tolist() == [0, 1, 6, 12]
+    mass = torch.tensor([[0.5, 0.25, 0.25, 0.0]])
+    found = [int(BudgetSchedule(mass=x).counts(torch.tensor([4]), mass)) for x in (0.4, 0.5, 0.6, 0.75, 1.0)]
+    assert found == [1, 1, 2, 2, 3]
+    assert BudgetSchedule(fraction=0.1).width(95) == 10 and BudgetSchedule(mass=0.5, most=3).width(95) == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "it must have one of"),
+        ({"fixed": 1, "mass": 0.5}, "budget has fixed, mass"),
+        ({"fixed": 0}, "fixed is 0"),
+        ({"fixed": 1.5}, "fixed is 1.5"),
+        ({"fraction": 0.0}, "fraction is 0.0"),
+        ({"mass": 1.1}, "mass is 1.1"),
+        ({"alpha": math.nan}, "alpha is nan"),
+        ({"alpha": 1.0, "exponent": 2.0}, "exponent is 2.0"),
+        ({"fixed": 1, "least": 3, "most": 2}, "most is 2"),
+    ],
+    ids=str,
+)
+def test_bad_budgets_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        BudgetSchedule(**options)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"budget": "all"}, "budget is 'all'"),
+        ({"budget": 0}, "fixed is 0"),
+        ({"score": "max"}, "score is 'max'"),
+        ({"heads": "all"}, "heads is 'all'"),
+        ({"block": 0}, "block is 0"),
+        ({"local": -1}, "local is -1"),
+        ({"sink": 1.5}, "sink is 1.5"),
+        ({"score": "antidiagonal", "stride": 3}, "stride is 3; it must divide"),
+        ({"q": torch.randn(2, 5, 3, 6).double()}, "q has 3 heads"),
+        ({"k": torch.randn(2, 5, 2, 6)}, "k has dtype"),
+        ({"starts": torch.zeros(1, dtype=torch.int64)}, "starts has shape"),
+        ({"pooled": torch.zeros(2, 1, 2, 7).double()}, "pooled has shape"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else None,
+)
+def test_bad_arguments_are_named(change, message):
+    arguments = inputs(5) | {"budget": 2, "query_block": 16, "block": 16} | change
+    with pytest.raises(ValueError, match=message):
+        select_blocks(**arguments)
