@@ -35,6 +35,11 @@ class Selection:
     sink: int
 
     @property
+    def weighs(self) -> bool:
+        """Whether estimates are weights already, of keys that no query must not see."""
+        return self.score not in ("mean", "bounds")
+
+    @property
     def piece(self) -> int:
         """Tokens of a piece of pooled keys."""
         return self.stride if self.score == "antidiagonal" else self.block
@@ -76,7 +81,11 @@ def select_blocks(
     budget = BudgetSchedule(fixed=budget) if isinstance(budget, int) else budget
     check_tokens(q, k, q_positions, starts, cu_seqlens)
     _check(made, budget)
+    if score not in SCORES:
+        raise ValueError(f"score is {score!r}; it must be one of {', '.join(SCORES)}")
     factor = checks.default_scale(scale, q) / (stride if score == "antidiagonal" else 1)
+    if score == "bounds" and factor <= 0:
+        raise ValueError(f"scale is {factor}; bounds need it to be positive")
     with checks.autocast_off(q):
         if pooled is None:
             pooled = pool_keys(k, size=made.piece, score=score, starts=starts, cu_seqlens=cu_seqlens)
@@ -88,10 +97,37 @@ def select_blocks(
                     places[:, part], lengths[:, part], budget, made)
             for part in _parts(q, k, made, found)
         ]  # fmt: skip
-    blocks, counts = (torch.cat(x, 2).int() for x in zip(*slices, strict=True))
-    if budget.mass is not None and not torch.compiler.is_compiling() and not blocks.is_meta:
-        blocks = blocks[..., : max(1, int(counts.max()))].contiguous()
-    return blocks, counts
+    blocks, counts = (torch.cat(x, 2) for x in zip(*slices, strict=True))
+    return _trim(blocks, counts, budget)
+
+
+@torch.no_grad()
+def choose_blocks(
+    weights: Tensor, q: Tensor, k: Tensor, budget: BudgetSchedule | int, *, query_block: int, block: int,
+    causal: bool = True, local: int = 1, sink: int = 0, q_positions: Tensor | None = None,
+    starts: Tensor | None = None, cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The choice of `select_blocks` by weights that the caller brings, of a learned gate or a compressed branch.
+
+    Args:
+        weights: [B, Hs, Nq, Nk], fp32 (fp64), of each key block of the query block's own sequence, at least 0 where
+            `budget` goes by mass; Nk is Tk / block rounded up. They may say nothing of keys that a query must not see:
+            own blocks are weighed as others are. What of them names no block to choose from is not read.
+        q, k: [B, Tq, H, K] and [B, Tk, Hk, K], for their shapes; Hs is any number of heads.
+
+    Returns and raises as `select_blocks` does.
+    """
+    made = Selection(query_block, block, "given", 1, "kv", causal, local, sink)
+    checks.check_keys(q, k, k)
+    budget = BudgetSchedule(fixed=budget) if isinstance(budget, int) else budget
+    check_tokens(q, k, q_positions, starts, cu_seqlens)
+    _check(made, budget)
+    checks.check_shape("weights", weights, None, "B Hs Nq Nk")
+    shape = (q.shape[0], weights.shape[1], query_blocks(q.shape[1], query_block, cu_seqlens), -(-k.shape[1] // block))
+    checks.check_gate("weights", weights, q, shape, "B Hs Nq Nk")
+    found, places = place_queries(q, k, query_block, q_positions, starts, cu_seqlens)
+    lengths = _sequences(found, k, block, starts, cu_seqlens)[1]
+    return _trim(*_choose(weights[:, :, None], places, lengths, budget, made), budget)
 
 
 def refine(blocks: Tensor, counts: Tensor | None, factor: int) -> tuple[Tensor, Tensor | None]:
@@ -101,14 +137,22 @@ def refine(blocks: Tensor, counts: Tensor | None, factor: int) -> tuple[Tensor, 
     return (blocks[..., None] * factor + parts).flatten(-2), None if counts is None else counts * factor
 
 
+def _trim(blocks: Tensor, counts: Tensor, budget: BudgetSchedule) -> tuple[Tensor, Tensor]:
+    """As int32. By mass any list may be as long as there are blocks: cut to the longest, where it can be read."""
+    if budget.mass is not None and not torch.compiler.is_compiling() and not blocks.is_meta:
+        blocks = blocks[..., : max(1, int(counts.max()))]
+    return blocks.int().contiguous(), counts.int()
+
+
 def _check(made: Selection, budget: object) -> None:
     if not isinstance(budget, BudgetSchedule):
         raise ValueError(f"budget is {budget!r}; it must be a BudgetSchedule or an integer")
     for name, low in (("query_block", 1), ("block", 1), ("stride", 1), ("local", 0), ("sink", 0)):
         check_size(name, getattr(made, name), low)
-    for name, allowed in (("score", SCORES), ("heads", HEADS)):
-        if getattr(made, name) not in allowed:
-            raise ValueError(f"{name} is {getattr(made, name)!r}; it must be one of {', '.join(allowed)}")
+    if not isinstance(made.causal, bool):
+        raise ValueError(f"causal is {made.causal!r}; it must be True or False")
+    if made.heads not in HEADS:
+        raise ValueError(f"heads is {made.heads!r}; it must be one of {', '.join(HEADS)}")
     if made.score == "antidiagonal" and (made.query_block % made.stride or made.block % made.stride):
         raise ValueError(
             f"stride is {made.stride}; it must divide query_block {made.query_block} and block {made.block}"
@@ -185,9 +229,9 @@ def _choose(
     kept = (number > begin - made.local) & (number < end + (1 if made.causal else made.local)) & (made.local > 0)
     kept = there & (kept | (number < made.sink))
     there = there & ((number < begin) | kept) if made.causal else there
-    scored = there & ~own if made.causal and made.score != "antidiagonal" else there
+    scored = there & ~own if made.causal and not made.weighs else there
     each = made.heads == "query"
-    if made.score != "antidiagonal" and (budget.mass is not None or (groups > 1 and not each)):
+    if not made.weighs and (budget.mass is not None or (groups > 1 and not each)):
         scores = _softmax(scores, scored[:, None, None])
     scores = scores.flatten(1, 2) if each else scores.mean(2)
     kept, there, scored = (x[:, None].expand_as(scores) for x in (kept, there, scored))

@@ -10,7 +10,7 @@ import torch
 from zoo.kernels.block_sparse_attention import block_sparse_attention, query_blocks, select
 from zoo.kernels.block_sparse_attention.budget import BudgetSchedule
 from zoo.kernels.block_sparse_attention.scores import SCORES, pool_keys
-from zoo.kernels.block_sparse_attention.select import refine, select_blocks
+from zoo.kernels.block_sparse_attention.select import choose_blocks, refine, select_blocks
 
 STRIDE, SCALE = 4, 0.4
 BUDGETS = [
@@ -226,6 +226,23 @@ def test_all_mass_is_dense_attention(score):
     torch.testing.assert_close(o, block_sparse_attention(**tensors, v=v, blocks=every, query_block=16, block=16))
 
 
+@pytest.mark.parametrize("budget", BUDGETS, ids=str)
+def test_given_weights_choose_as_estimates_do(budget):
+    """Antidiagonal weights, brought by the caller."""
+    ends = torch.tensor([0, 20, 20, 60], dtype=torch.int32)
+    for more in ({}, {"causal": False}, {"starts": torch.tensor([8])}, {"cu_seqlens": ends}):
+        tensors, seen = inputs(60, b=1), []
+        options = {"query_block": 16, "block": 8, "local": 2, "sink": 1, "budget": budget, **more}
+        with pytest.MonkeyPatch.context() as spy:
+            original = select._choose
+            spy.setattr(select, "_choose", lambda *args, to=seen, run=original: to.append(args[0]) or run(*args))
+            expected = select_blocks(**tensors, score="antidiagonal", stride=STRIDE, **options)
+        found = choose_blocks(torch.cat(seen, 3).mean(2), **tensors, **options)
+        assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+    with pytest.raises(ValueError, match="weights has shape"):
+        choose_blocks(torch.zeros(1, 2, 4, 7).double(), **tensors, budget=1, query_block=16, block=8)
+
+
 def test_the_best_block_is_found():
     """One block holds the key that every query asks for."""
     for score in SCORES:
@@ -283,6 +300,8 @@ def test_bad_budgets_are_named(options, message):
         ({"block": 0}, "block is 0"),
         ({"local": -1}, "local is -1"),
         ({"sink": 1.5}, "sink is 1.5"),
+        ({"causal": None}, "causal is None"),
+        ({"score": "bounds", "scale": -1.0}, "scale is -1.0"),
         ({"score": "antidiagonal", "stride": 3}, "stride is 3; it must divide"),
         ({"q": torch.randn(2, 5, 3, 6).double()}, "q has 3 heads"),
         ({"k": torch.randn(2, 5, 2, 6)}, "k has dtype"),
