@@ -142,13 +142,18 @@ def check_cu_seqlens(cu_seqlens: Tensor | None, x: Tensor) -> None:
         raise ValueError(f"cu_seqlens is on {cu_seqlens.device}; it must be on {x.device} like the first input")
     if x.shape[0] != 1:
         raise ValueError(f"cu_seqlens is given beside a batch of {x.shape[0]}; with cu_seqlens it must be 1")
-    unreadable = torch.compiler.is_compiling() or x.is_meta
-    if not (unreadable or (x.is_cuda and torch.cuda.is_current_stream_capturing())):
+    if readable(x):
         values, length = host_values(cu_seqlens), x.shape[1]
         if values[0] != 0 or values[-1] != length:
             raise ValueError(f"cu_seqlens runs from {values[0]} to {values[-1]}; it must run from 0 to T = {length}")
         if values != sorted(values):
             raise ValueError(f"cu_seqlens is {values}; it must never decrease")
+
+
+def readable(x: Tensor) -> bool:
+    """Whether values may be read from x's device: not while a compiler or a CUDA graph records what is done."""
+    unreadable = torch.compiler.is_compiling() or x.is_meta
+    return not (unreadable or (x.is_cuda and torch.cuda.is_current_stream_capturing()))
 
 
 def host_values(x: Tensor) -> list[int]:

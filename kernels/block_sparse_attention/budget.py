@@ -45,9 +45,15 @@ class BudgetSchedule:
 
     def width(self, blocks: int) -> int:
         """The longest list that any n up to `blocks` gives."""
-        counts = self.counts(torch.tensor([blocks]), torch.ones(1, blocks)) if self.mass is None else None
-        widest = blocks if counts is None else int(counts.item())
-        return min(widest, blocks, self.most or blocks)
+        longest: float = blocks
+        if self.fixed is not None:
+            longest = self.fixed
+        elif self.fraction is not None:
+            longest = self.fraction * blocks
+        elif self.alpha is not None:
+            longest = self.alpha * blocks**self.exponent
+        longest = max(math.ceil(longest - 1e-9), self.least)
+        return min(longest, blocks, self.most or blocks)
 
     def counts(self, visible: Tensor, weights: Tensor) -> Tensor:
         """Blocks to list of `visible` [...] ones whose weights [..., n] are sorted, best first."""

@@ -139,7 +139,7 @@ def refine(blocks: Tensor, counts: Tensor | None, factor: int) -> tuple[Tensor, 
 
 def _trim(blocks: Tensor, counts: Tensor, budget: BudgetSchedule) -> tuple[Tensor, Tensor]:
     """As int32. By mass any list may be as long as there are blocks: cut to the longest, where it can be read."""
-    if budget.mass is not None and not torch.compiler.is_compiling() and not blocks.is_meta:
+    if budget.mass is not None and checks.readable(blocks):
         blocks = blocks[..., : max(1, int(counts.max()))]
     return blocks.int().contiguous(), counts.int()
 

@@ -48,8 +48,7 @@ def check_tokens(
 def _check_consecutive(positions: Tensor) -> None:
     """Read from the device only where several queries are given, so that decoding never waits for it."""
     length = positions.shape[-1]
-    unreadable = torch.compiler.is_compiling() or positions.is_meta
-    if length == 1 or unreadable or (positions.is_cuda and torch.cuda.is_current_stream_capturing()):
+    if length == 1 or not checks.readable(positions):
         return
     version = None if positions.is_inference() else positions._version
     if version is None or _consecutive.get(positions) != version:

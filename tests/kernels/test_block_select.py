@@ -252,6 +252,22 @@ def test_the_best_block_is_found():
         assert (counts[..., 3] == 2).all() and (blocks[..., 3, :].sort(-1).values == torch.tensor([1, 3])).all()
 
 
+@pytest.mark.parametrize(("score", "budget"), list(zip(SCORES, BUDGETS[1:4], strict=True)), ids=str)
+def test_compiles_in_one_graph(score, budget):
+    torch.compiler.reset()
+
+    def both(q, k, cu_seqlens):
+        options = {"query_block": 16, "block": 16, "cu_seqlens": cu_seqlens}
+        blocks, counts = select_blocks(q, k, budget, score=score, **options)
+        return counts, block_sparse_attention(q, k, k, blocks, counts, **options)
+
+    tensors = {name: x.float() for name, x in inputs(60, b=1).items()}
+    compiled = torch.compile(both, fullgraph=True, backend="aot_eager", dynamic=False)
+    for cu_seqlens in (None, torch.tensor([0, 3, 3, 60], dtype=torch.int32)):
+        expected = both(**tensors, cu_seqlens=cu_seqlens)
+        torch.testing.assert_close(compiled(**tensors, cu_seqlens=cu_seqlens), expected)
+
+
 def test_refine():
     blocks, counts = refine(torch.tensor([[[[2, 0]]]]), torch.tensor([[[1]]]), 3)
     assert blocks.tolist() == [[[[6, 7, 8, 0, 1, 2]]]] and counts.tolist() == [[[3]]]
