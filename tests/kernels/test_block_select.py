@@ -133,6 +133,41 @@ def test_equals_naive_choice(score, heads, causal, budget, local, sink):
     assert_lists(found, expected)
 
 
+@pytest.mark.parametrize("score", ["mean", "bounds"])
+@pytest.mark.parametrize("heads", ["kv", "query"])
+@pytest.mark.parametrize("budget", BUDGETS, ids=str)
+def test_lists_of_single_queries_equal_naive_choice(score, heads, budget):
+    tensors, options = inputs(11, 30), {"score": score, "heads": heads, "causal": True, "local": 1, "sink": 1}
+    found = select_blocks(**tensors, budget=budget, query_block=1, block=4, scale=SCALE, **options)
+    expected = []
+    for n in range(2):
+        for i in range(11):
+            q = tensors["q"][n, i : i + 1]
+            expected.append((n, i, choose(q, tensors["k"][n], [19 + i], budget, block=4, **options)))
+    assert_lists(found, expected)
+
+
+def test_block_mixture(evaluate, assert_close):
+    """MoBA (Lu et al. 2025, arXiv 2502.13189), token by token: the own block up to the token, and of the blocks before
+    it those whose mean keys the query likes best."""
+    tensors, size, top = inputs(70, b=1) | {"v": torch.randn(1, 70, 2, 5).double()}, 16, 3
+    likes = torch.einsum("bihk,bchk->bhic", tensors["q"], pool_keys(tensors["k"], size=size).repeat_interleave(2, 2))
+
+    def naive(q, k, v):
+        rows = []
+        for i in range(70):
+            for h in range(4):
+                past = likes[0, h, i, : i // size].topk(min(top - 1, i // size)).indices.tolist()
+                seen = [j for c in past for j in range(c * size, (c + 1) * size)] + list(range(i // size * size, i + 1))
+                weights = (k[0, seen, h // 2] @ q[0, i, h] / 6**0.5).softmax(0)
+                rows.append(weights @ v[0, seen, h // 2])
+        return torch.stack(rows).view(1, 70, 4, 5)
+
+    lists = select_blocks(tensors["q"], tensors["k"], top, query_block=1, block=size, heads="query")
+    given = dict(zip(("blocks", "counts"), lists, strict=True)) | {"query_block": 1, "block": size}
+    assert_close(evaluate(block_sparse_attention, tensors, **given), evaluate(naive, tensors), 1e-10)
+
+
 @pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize("budget", BUDGETS[::3], ids=str)
 def test_packed_and_padded_equal_separate(score, budget):
