@@ -1,6 +1,6 @@
 """Which keys each query block gathers, and which of them a query sees.
 
-A key may be listed, be a column, lie in the window or be a sink token; each way gathers keys of its own, and `seen`
+A key may be listed, be a column, be a sink token or lie in the window; each way gathers keys of its own, and `seen`
 leaves a key to the last of these ways that shows it, so that it counts once.
 
 Shapes: B batch, Hs heads of the lists, R query blocks, M queries of a block, L gathered keys of a query block, S listed
