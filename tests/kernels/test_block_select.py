@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
+from select_calls import SCALE, STRIDE, choose, inputs
 
 from zoo.kernels.block_sparse_attention import block_sparse_attention, query_blocks, select
 from zoo.kernels.block_sparse_attention.budget import BudgetSchedule
 from zoo.kernels.block_sparse_attention.scores import SCORES, pool_keys
 from zoo.kernels.block_sparse_attention.select import choose_blocks, refine, select_blocks
 
-STRIDE, SCALE = 4, 0.4
 BUDGETS = [
     BudgetSchedule(fixed=3),
     BudgetSchedule(fraction=0.5),
@@ -20,81 +18,6 @@ BUDGETS = [
     BudgetSchedule(mass=0.7),
     BudgetSchedule(mass=0.9, least=2, most=4),
 ]
-
-
-def inputs(tq, tk=None, b=2):
-    return {"q": torch.randn(b, tq, 4, 6).double() * 2, "k": torch.randn(b, tk or tq, 2, 6).double()}
-
-
-def estimate(queries, at, keys, score, causal):
-    """One number per key block, by list of queries at positions `at` and key blocks; of antidiagonals weights."""
-    if score == "mean":
-        pooled = sum(queries) / len(queries)
-        return [SCALE * float(pooled @ block.mean(0)) for block in keys]
-    if score == "bounds":
-        bound = [[float(torch.maximum(q * x.amax(0), q * x.amin(0)).sum()) for q in queries] for x in keys]
-        return [SCALE * max(row) for row in bound]
-    masses = [0.0] * len(keys)
-    for a in range(0, len(queries), STRIDE):
-        tile, last = queries[a : a + STRIDE], at[a : a + STRIDE][-1]
-        logits = {}
-        for c, block in enumerate(keys):
-            for d in range(0, len(block), STRIDE):
-                begin = sum(len(x) for x in keys[:c]) + d
-                if not causal or begin <= last:
-                    pairs = [
-                        float(tile[STRIDE - 1 - t] @ block[d + t])
-                        for t in range(STRIDE)
-                        if STRIDE - 1 - t < len(tile) and d + t < len(block)
-                    ]
-                    logits[c, d] = SCALE / STRIDE * sum(pairs)
-        total = sum(math.exp(x) for x in logits.values())
-        for (c, _), x in logits.items():
-            masses[c] += math.exp(x) / total
-    return masses
-
-
-def choose(q, k, at, budget, *, block, score, heads, causal, local, sink):
-    """The lists of one query block whose queries [n, H, K] lie at `at`, over keys [length, Hk, K]."""
-    groups, n = q.shape[1] // k.shape[1], -(-len(k) // block)
-    first, last = at[0] // block, at[-1] // block
-    allowed = [c for c in range(n) if not causal or c <= last]
-    own = [c for c in allowed if first <= c <= last]
-    forced = {c for c in allowed if c < sink}
-    if local:
-        forced |= {c for c in allowed if first - local < c and c < last + (1 if causal else local)}
-    if causal:
-        allowed = [c for c in allowed if c not in own or c in forced]
-    scored = [c for c in allowed if score == "antidiagonal" or not (causal and c in own)]
-    by_head = []
-    for h in range(q.shape[1]):
-        keys = [k[c * block : (c + 1) * block, h // groups] for c in range(n)]
-        values = estimate(list(q[:, h]), at, keys, score, causal)
-        if score != "antidiagonal" and (budget.mass is not None or heads == "kv"):
-            total = sum(math.exp(values[c]) for c in scored)
-            values = [math.exp(values[c]) / total if c in scored else 0.0 for c in range(n)]
-        by_head.append(values)
-    lists = []
-    for g in range(len(by_head) if heads == "query" else k.shape[1]):
-        shared = by_head[g : g + 1] if heads == "query" else by_head[g * groups : (g + 1) * groups]
-        value = [sum(x) / len(shared) for x in zip(*shared, strict=True)]
-        order = sorted(forced) + sorted((c for c in allowed if c not in forced), key=lambda c: -value[c])
-        lists.append(order[: max(count(budget, [value[c] if c in scored else 0.0 for c in order]), len(forced))])
-    return lists
-
-
-def count(budget, weights):
-    n = len(weights)
-    if budget.mass is not None:
-        wanted, found = budget.mass * sum(weights), 0
-        while found < n and sum(weights[:found]) < wanted - 1e-9:
-            found += 1
-    elif budget.fixed is not None:
-        found = budget.fixed
-    else:
-        exact = budget.fraction * n if budget.fraction is not None else budget.alpha * n**budget.exponent
-        found = math.ceil(exact - 1e-9)
-    return min(max(found, budget.least), budget.most or n, n)
 
 
 def assert_lists(found, expected):
@@ -308,60 +231,3 @@ def test_refine():
     assert blocks.tolist() == [[[[6, 7, 8, 0, 1, 2]]]] and counts.tolist() == [[[3]]]
     negative, none = refine(torch.tensor([-1]), None, 2)
     assert (negative < 0).all() and none is None
-
-
-def test_budgets():
-    n, weights = torch.tensor([0, 1, 7, 100]), torch.ones(4, 100)
-    assert BudgetSchedule(fixed=5).counts(n, weights).tolist() == [0, 1, 5, 5]
-    assert BudgetSchedule(fraction=0.1, least=2).counts(n, weights).tolist() == [0, 1, 2, 10]
-    assert BudgetSchedule(alpha=2.0, exponent=0.5, most=12).counts(n, weights).tolist() == [0, 1, 6, 12]
-    mass = torch.tensor([[0.5, 0.25, 0.25, 0.0]])
-    found = [int(BudgetSchedule(mass=x).counts(torch.tensor([4]), mass)) for x in (0.4, 0.5, 0.6, 0.75, 1.0)]
-    assert found == [1, 1, 2, 2, 3]
-    assert BudgetSchedule(fraction=0.1).width(95) == 10 and BudgetSchedule(mass=0.5, most=3).width(95) == 3
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({}, "it must have one of"),
-        ({"fixed": 1, "mass": 0.5}, "budget has fixed, mass"),
-        ({"fixed": 0}, "fixed is 0"),
-        ({"fixed": 1.5}, "fixed is 1.5"),
-        ({"fraction": 0.0}, "fraction is 0.0"),
-        ({"mass": 1.1}, "mass is 1.1"),
-        ({"alpha": math.nan}, "alpha is nan"),
-        ({"alpha": 1.0, "exponent": 2.0}, "exponent is 2.0"),
-        ({"fixed": 1, "least": 3, "most": 2}, "most is 2"),
-    ],
-    ids=str,
-)
-def test_bad_budgets_are_named(options, message):
-    with pytest.raises(ValueError, match=message):
-        BudgetSchedule(**options)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"budget": "all"}, "budget is 'all'"),
-        ({"budget": 0}, "fixed is 0"),
-        ({"score": "max"}, "score is 'max'"),
-        ({"heads": "all"}, "heads is 'all'"),
-        ({"block": 0}, "block is 0"),
-        ({"local": -1}, "local is -1"),
-        ({"sink": 1.5}, "sink is 1.5"),
-        ({"causal": None}, "causal is None"),
-        ({"score": "bounds", "scale": -1.0}, "scale is -1.0"),
-        ({"score": "antidiagonal", "stride": 3}, "stride is 3; it must divide"),
-        ({"q": torch.randn(2, 5, 3, 6).double()}, "q has 3 heads"),
-        ({"k": torch.randn(2, 5, 2, 6)}, "k has dtype"),
-        ({"starts": torch.zeros(1, dtype=torch.int64)}, "starts has shape"),
-        ({"pooled": torch.zeros(2, 1, 2, 7).double()}, "pooled has shape"),
-    ],
-    ids=lambda x: x if isinstance(x, str) else None,
-)
-def test_bad_arguments_are_named(change, message):
-    arguments = inputs(5) | {"budget": 2, "query_block": 16, "block": 16} | change
-    with pytest.raises(ValueError, match=message):
-        select_blocks(**arguments)

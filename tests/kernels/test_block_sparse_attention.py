@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from sparse_calls import inputs, lists, naive
 
 from zoo.kernels import dispatch
 from zoo.kernels.attention import PADDING, attention
@@ -21,68 +22,6 @@ MASKS = [
     {"window": 6, "sink_tokens": 3, "columns": 4},
     {"window": 200, "sink_tokens": 200},
 ]
-
-
-def inputs(tq, tk=None, *, b=2, dtype=torch.float64):
-    tk = tk or tq
-    return {
-        "q": torch.randn(b, tq, 4, 6, dtype=dtype),
-        "k": torch.randn(b, tk, 2, 6, dtype=dtype),
-        "v": torch.randn(b, tk, 2, 5, dtype=dtype),
-    }
-
-
-def lists(tensors, query_block, block, *, heads=2, entries=3, columns=0, bias=False, cu_seqlens=None):
-    """Random lists: repeated blocks, missing ones, empty lists; with columns and a bias on request."""
-    (b, tq), tk = tensors["q"].shape[:2], tensors["k"].shape[1]
-    shape = (b, heads, query_blocks(tq, query_block, cu_seqlens), entries)
-    sequences = b if cu_seqlens is None else len(cu_seqlens) - 1
-    made = {"query_block": query_block, "block": block, "blocks": torch.randint(-1, -(-tk // block) + 1, shape)}
-    made["counts"] = torch.randint(0, entries + 1, shape[:3])
-    if columns:
-        made["columns"] = torch.randint(-1, tk + 2, (sequences, heads, columns))
-    extra = {"bias": torch.randn(shape, dtype=tensors["q"].dtype)} if bias else {}
-    return tensors | extra, made
-
-
-def sees(i, j, entries, columns, *, block, causal=True, window=0, sink_tokens=0):
-    """Whether a query at position i sees the key at j, and the place of the entry whose bias it takes."""
-    if i < 0 or j < 0 or (causal and j > i):
-        return False, None
-    if abs(i - j) < window or j < sink_tokens or j in columns:
-        return True, None
-    return (True, entries.index(j // block)) if j // block in entries else (False, None)
-
-
-def naive(q, k, v, bias=None, *, blocks, counts, query_block, block, columns=None, pq=None, pk=None, **mask):
-    """One score after another. pq and pk are lists of positions by batch row."""
-    (b, tq, h, _), tk, hs = q.shape, k.shape[1], blocks.shape[1]
-    pq, pk = pq or [list(range(tk - tq, tk))] * b, pk or [list(range(tk))] * b
-    k, v = (x.repeat_interleave(h // x.shape[2], 2) for x in (k, v))
-    scores = torch.einsum("bihk,bjhk->bhij", q, k) / q.shape[-1] ** 0.5
-    seen, shift = torch.zeros(b, hs, tq, tk, dtype=torch.bool), {}
-    for n in range(b):
-        skipped = sum(i < 0 for i in pq[n])
-        for g in range(hs):
-            own = [] if columns is None else columns[n, g].tolist()
-            for i in range(skipped, tq):
-                row = (i - skipped) // query_block
-                entries = blocks[n, g, row, : counts[n, g, row]].tolist()
-                for j in range(tk):
-                    seen[n, g, i, j], at = sees(pq[n][i], pk[n][j], entries, own, block=block, **mask)
-                    if at is not None:
-                        shift[n, g, i, j] = (n, g, row, at)
-    if bias is not None and shift:
-        added = torch.zeros(seen.shape, dtype=q.dtype)
-        to, source = (torch.tensor(list(x)).unbind(1) for x in (shift, shift.values()))
-        scores = scores + added.index_put(to, bias[source]).repeat_interleave(h // hs, 1)
-    seen = seen.repeat_interleave(h // hs, 1)
-    weights = torch.where(seen, scores.exp(), 0.0)
-    total = weights.sum(-1, keepdim=True)
-    blind = total == 0
-    total = torch.where(blind, 1.0, total)
-    o = torch.einsum("bhij,bjhv->bihv", weights / total, v)
-    return o, total.log().masked_fill(blind, -torch.inf).squeeze(-1).transpose(1, 2)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -273,44 +212,6 @@ def test_gathered_memory_is_bounded(monkeypatch):
     assert len(sizes) > 10 and max(sizes) <= 1 << 18 and sum(sizes) == 2000 * 4 * 128
 
 
-BAD = [
-    ({"block": 8}, "block is 8; it must be 1 or an integer of 16 to 128"),
-    ({"query_block": 129}, "query_block is 129"),
-    ({"query_block": True}, "query_block is True"),
-    ({"window": -1}, "window is -1"),
-    ({"sink_tokens": 1.5}, "sink_tokens is 1.5"),
-    ({"causal": None}, "causal is None"),
-    ({"blocks": torch.zeros(2, 3, 5, 3, dtype=torch.int64)}, "blocks has shape [2, 3, 5, 3]"),
-    ({"blocks": torch.zeros(2, 2, 4, 3, dtype=torch.int64)}, "blocks has shape [2, 2, 4, 3]"),
-    ({"blocks": torch.zeros(2, 2, 5, 0, dtype=torch.int64)}, "blocks has shape [2, 2, 5, 0]"),
-    ({"blocks": torch.zeros(2, 2, 5, 3)}, "blocks has dtype torch.float32"),
-    ({"counts": torch.zeros(2, 2, 4, dtype=torch.int64)}, "counts has shape"),
-    ({"columns": torch.zeros(2, 4, 3, dtype=torch.int64)}, "columns has shape"),
-    ({"bias": torch.zeros(2, 2, 5, 3)}, "bias has dtype torch.float32"),
-    ({"bias": torch.zeros(2, 2, 5, 2).double()}, "bias has shape"),
-    ({"q_positions": torch.arange(4)}, "q_positions has shape"),
-    ({"q_positions": torch.arange(5).flip(0)}, "q_positions is [4, 3, 2, 1, 0]; it must count up by one"),
-    ({"starts": torch.zeros(3, dtype=torch.int64)}, "starts has shape"),
-    ({"starts": torch.zeros(2)}, "starts has dtype"),
-]
-
-
-@pytest.mark.parametrize(("change", "message"), BAD, ids=lambda x: x if isinstance(x, str) else None)
-def test_bad_argument_is_named(change, message):
-    tensors, given = lists(inputs(5), 1, 16)
-    with pytest.raises(ValueError) as caught:
-        block_sparse_attention(**tensors | given | change)
-    assert message in str(caught.value)
-
-
-@pytest.mark.parametrize("name", ["q_positions", "starts"])
-def test_packed_sequences_have_no_padding(name):
-    cu_seqlens, tensors = torch.tensor([0, 5], dtype=torch.int32), inputs(5, b=1)
-    tensors, given = lists(tensors, 1, 16, cu_seqlens=cu_seqlens)
-    with pytest.raises(ValueError, match=f"{name} is given beside cu_seqlens"):
-        block_sparse_attention(**tensors, **given, cu_seqlens=cu_seqlens, **{name: torch.arange(5)})
-
-
 def test_padding_is_that_of_attention(assert_close):
     """A left-padded row beside dense attention with the key positions that say the same."""
     tensors, starts = inputs(20), torch.tensor([0, 6])
@@ -321,21 +222,3 @@ def test_padding_is_that_of_attention(assert_close):
     sparse = block_sparse_attention(**tensors, blocks=blocks, query_block=16, block=16, starts=starts, return_lse=True)
     names = ("o", "lse")
     assert_close(dict(zip(names, sparse, strict=True)), dict(zip(names, dense, strict=True)), 1e-10)
-
-
-def test_the_op_is_well_formed():
-    tensors, given = lists(inputs(20, dtype=torch.float32), 16, 16, columns=3, bias=True)
-    tensors = {name: x.requires_grad_() for name, x in tensors.items()}
-    args = [tensors["q"], tensors["k"], tensors["v"], given["blocks"], given["counts"], given["columns"]]
-    args += [tensors["bias"], None, None, None, 16, 16, True, 2, 1, 0.4]
-    torch.library.opcheck(torch.ops.zoo.block_sparse_attention_chunked.default, tuple(args))
-
-
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-@pytest.mark.parametrize("packed", [False, True])
-def test_compiles_in_one_graph(packed, evaluate, assert_close):
-    cu_seqlens = torch.tensor([0, 3, 3, 20], dtype=torch.int32) if packed else None
-    tensors, given = lists(inputs(20, b=1, dtype=torch.float32), 16, 16, columns=2, bias=True, cu_seqlens=cu_seqlens)
-    compiled = torch.compile(block_sparse_attention, fullgraph=True, backend="aot_eager", dynamic=False)
-    options = {"return_lse": True, "window": 2, "cu_seqlens": cu_seqlens, **given}
-    assert_close(evaluate(compiled, tensors, **options), evaluate(block_sparse_attention, tensors, **options), 1e-5)
