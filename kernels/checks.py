@@ -87,6 +87,20 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"q {list(q.shape)} and v {list(v.shape)} must have B, K and V of at least 1")
 
 
+def check_keys(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """q [B, Tq, H, K], k [B, Tk, Hk, K] and v [B, Tk, Hk, V], of one dtype and device, with H a multiple of Hk."""
+    check_float("q", q)
+    for name, x, dims in (("q", q, "B Tq H K"), ("k", k, "B Tk Hk K"), ("v", v, "B Tk Hk V")):
+        check_shape(name, x, None, dims)
+        check_like(name, x, q, q.dtype)
+    check_shape("k", k, (q.shape[0], *k.shape[1:3], q.shape[3]), "B Tk Hk K")
+    check_shape("v", v, (*k.shape[:3], v.shape[3]), "B Tk Hk V")
+    if k.shape[2] < 1 or q.shape[2] < 1 or q.shape[2] % k.shape[2]:
+        raise ValueError(f"q has {q.shape[2]} heads; it must be a positive multiple of the {k.shape[2]} heads of k")
+    if q.shape[0] < 1 or q.shape[3] < 1 or v.shape[3] < 1:
+        raise ValueError(f"q {list(q.shape)} and v {list(v.shape)} must have B, K and V of at least 1")
+
+
 def check_gate(name: str, x: Any, q: Tensor, shape: Sequence[int], dims: str, *, required: bool = False) -> None:
     """An fp32 (fp64) tensor of one shape: beta, value_decay, initial_state, ..."""
     if x is not None or required:
@@ -128,13 +142,18 @@ def check_cu_seqlens(cu_seqlens: Tensor | None, x: Tensor) -> None:
         raise ValueError(f"cu_seqlens is on {cu_seqlens.device}; it must be on {x.device} like the first input")
     if x.shape[0] != 1:
         raise ValueError(f"cu_seqlens is given beside a batch of {x.shape[0]}; with cu_seqlens it must be 1")
-    unreadable = torch.compiler.is_compiling() or x.is_meta
-    if not (unreadable or (x.is_cuda and torch.cuda.is_current_stream_capturing())):
+    if readable(x):
         values, length = host_values(cu_seqlens), x.shape[1]
         if values[0] != 0 or values[-1] != length:
             raise ValueError(f"cu_seqlens runs from {values[0]} to {values[-1]}; it must run from 0 to T = {length}")
         if values != sorted(values):
             raise ValueError(f"cu_seqlens is {values}; it must never decrease")
+
+
+def readable(x: Tensor) -> bool:
+    """Whether values may be read from x's device: not while a compiler or a CUDA graph records what is done."""
+    unreadable = torch.compiler.is_compiling() or x.is_meta
+    return not (unreadable or (x.is_cuda and torch.cuda.is_current_stream_capturing()))
 
 
 def host_values(x: Tensor) -> list[int]:

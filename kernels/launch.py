@@ -136,9 +136,14 @@ def assembled(path: str) -> Iterator[str]:
             vars(settings).update(own)
 
 
+def held() -> bool:
+    """Whether launches are held back: only the shapes of results are wanted."""
+    return bool(getattr(_local, "held", False))
+
+
 def start(kernel: Any, programs: tuple[int, ...], *args: Any, **options: Any) -> None:
     """Launch `kernel` over a grid, which may be empty."""
-    if getattr(_local, "held", False) or not all(programs):
+    if held() or not all(programs):
         return
     if interpreting():
         kernel[programs](*args, **options)

@@ -18,7 +18,8 @@ from zoo.commands import bench, bench_cases, bench_peers, bench_tune
 from zoo.commands.bench_cases import Case
 
 COLUMNS = "op variant B T H D dtype direction zoo_ms peer peer_ms floor_ms zoo_gib peer_gib gpu torch triton commit"
-UNTIMED = {"slstm", "test_time_training"}  # sequential; no peer and no kernel of their own
+# sequential, or without a peer and a kernel of their own
+UNTIMED = {"slstm", "test_time_training", "block_sparse_attention"}
 
 
 @pytest.fixture(autouse=True)

@@ -54,7 +54,7 @@ def attention(
         ValueError: a shape, dtype, device or option is wrong, or the pinned backend cannot run the call.
     """
     q, k, v = checks.autocast(q, k, v)
-    _check_qkv(q, k, v)
+    checks.check_keys(q, k, v)
     mask, scale = Mask(causal, window, sink_tokens, chunk, stride, dilation), checks.default_scale(scale, q)
     call = Call(q, k, v, mask, sink_logits, q_positions, k_positions, softcap, scale, return_lse, cu_seqlens)
     _check_options(call)
@@ -67,19 +67,6 @@ def _best(call: Call) -> str | None:
     deterministic; else our kernels, first in the order, which skip what a mask hides. FlexAttention does too, but
     takes many seconds to compile each mask."""
     return "chunked" if call.sdpa and not torch.are_deterministic_algorithms_enabled() else None
-
-
-def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
-    checks.check_float("q", q)
-    for name, x, dims in (("q", q, "B Tq H K"), ("k", k, "B Tk Hk K"), ("v", v, "B Tk Hk V")):
-        checks.check_shape(name, x, None, dims)
-        checks.check_like(name, x, q, q.dtype)
-    checks.check_shape("k", k, (q.shape[0], *k.shape[1:3], q.shape[3]), "B Tk Hk K")
-    checks.check_shape("v", v, (*k.shape[:3], v.shape[3]), "B Tk Hk V")
-    if k.shape[2] < 1 or q.shape[2] < 1 or q.shape[2] % k.shape[2]:
-        raise ValueError(f"q has {q.shape[2]} heads; it must be a positive multiple of the {k.shape[2]} heads of k")
-    if q.shape[0] < 1 or q.shape[3] < 1 or v.shape[3] < 1:
-        raise ValueError(f"q {list(q.shape)} and v {list(v.shape)} must have B, K and V of at least 1")
 
 
 def _check_options(call: Call) -> None:

@@ -89,14 +89,21 @@ def attention(b: int, t: int, n: int) -> dict[str, Any]:
     }
 
 
+def block_sparse_attention(b: int, t: int, n: int) -> dict[str, Any]:
+    lists = {"blocks": torch.randint(0, t, (b, 2, t, 3)), "counts": torch.randint(0, 4, (b, 2, t))}
+    inputs = {"q": randn(b, t, 4, K), "k": randn(b, t, 2, K), "v": randn(b, t, 2, V), "bias": randn(b, 2, t, 3)}
+    columns = torch.randint(0, t, (n, 2, 2))
+    return inputs | lists | {"columns": columns, "query_block": 1, "block": 1, "window": 1, "scale": 0.5}
+
+
 MAKE: dict[str, Callable[[int, int, int], dict[str, Any]]] = {
     made.__name__: made
     for made in (
         *(linear_attention, delta_rule, dplr, mlstm, slstm, scan, selective_scan, weighted_average, short_conv),
-        *(test_time_training, attention),
+        *(test_time_training, attention, block_sparse_attention),
     )
 }
-RECURRENT = [op for op in MAKE if op != "attention"]
+RECURRENT = [op for op in MAKE if op not in ("attention", "block_sparse_attention")]
 CALLS = [*MAKE, *(f"{op}_step" for op in RECURRENT)]
 
 

@@ -18,16 +18,20 @@ from torch import Tensor
 from zoo.kernels import dispatch
 
 # Arguments that give others their sizes: those are named in their place.
-LEADING = {"q", "k", "v", "x", "cell_input", "weight", "A", "B", "weights"}
+LEADING = {"q", "k", "v", "x", "cell_input", "weight", "A", "B", "weights", "blocks"}
 # Arguments with more than one legal form, which a change may turn into another.
 FREE = {("selective_scan", "B"), ("selective_scan", "C"), ("slstm", "recurrent"), ("attention", "q")}
 FREE |= {("short_conv", "x"), ("short_conv", "weight"), ("short_conv", "bias"), ("attention", "v")}
+FREE |= {("block_sparse_attention", name) for name in ("q", "v", "blocks", "counts", "columns")}
 OPTIONS: dict[str, list[Any]] = {
     "scale": ["large", math.nan, math.inf, True],
     "transition": ["s6", None],
     "activation": ["gelu"],
     "inner": ["cubic", None],
     "mini_batch": [0, -1, 1.5, True, None],
+    "query_block": [0, 2, 15, 129, 16.0, True, None],
+    "block": [0, 2, 15, 129, 16.0, True, None],
+    "window": [-1, 1.5, True, None],
 }
 
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from zoo.kernels import dispatch, test_time_training
 from zoo.kernels.attention import attention
+from zoo.kernels.block_sparse_attention import block_sparse_attention
 from zoo.kernels.delta_rule import delta_rule, delta_rule_step
 from zoo.kernels.dplr import dplr
 from zoo.kernels.linear_attention import linear_attention
@@ -61,6 +62,11 @@ def inner_model():
     return without_beta() | {"lr": torch.rand(1, 4, 2), "weights": weights} | norm
 
 
+def with_lists():
+    blocks = torch.zeros(1, 2, 4, 2, dtype=torch.int32)
+    return without_beta() | {"blocks": blocks, "counts": blocks[..., 0] + 1, "query_block": 1, "block": 16}
+
+
 CALLS = {
     "scan": (scan, lambda: elementwise("x", "decay")),
     "selective_scan": (selective_scan, state_space),
@@ -72,6 +78,7 @@ CALLS = {
     "delta_rule": (delta_rule, recurrent),
     "linear_attention": (linear_attention, without_beta),
     "attention": (attention, without_beta),
+    "block_sparse_attention": (block_sparse_attention, with_lists),
     "short_conv": (short_conv, lambda: {"x": torch.randn(1, 4, 3), "weight": torch.randn(3, 2)}),
 }
 
