@@ -72,6 +72,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.get_closest_marker("timeout") is None)  # begun last, long ones leave a core idle
     missing = set() if SHARED.is_dir() else {"shared"}
     if any(item.get_closest_marker("gpu") for item in items) and not has_gpu():
         missing.add("gpu")
