@@ -171,6 +171,7 @@ def test_compiles_as_one_graph(evaluate, assert_close, options):
     assert_close(evaluate(compiled, tensors, **options), evaluate(attention, tensors, **options), 1e-7)
 
 
+@pytest.mark.slow
 def test_operator_contract():
     leaves = [x.requires_grad_() for x in inputs(5, sink=True).values()]
     options = (True, 4, 1, None, None, None, 3.0, 0.5)

@@ -217,6 +217,7 @@ def test_compiles_as_one_graph(evaluate, assert_close):
     assert_close(evaluate(compiled, tensors, **options), evaluate(delta_rule, tensors, **options), 1e-7)
 
 
+@pytest.mark.slow
 def test_operator_contract():
     tensors = inputs(1, 5, 1, 2, 16, 16, "token")
     leaves = [x.requires_grad_() for x in tensors.values()]

@@ -184,6 +184,7 @@ def test_compiles_as_one_graph(evaluate, assert_close):
     assert_close(evaluate(compiled, tensors, **options), evaluate(dplr, tensors, **options), 1e-7)
 
 
+@pytest.mark.slow
 def test_operator_contract():
     given = inputs("delta_rule", 1, 3, 1, 1, 16, 16)
     names = ("q", "k", "v", "a", "b", "beta", "decay")

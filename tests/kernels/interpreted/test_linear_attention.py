@@ -160,6 +160,7 @@ def test_compiles_as_one_graph(evaluate, assert_close, options):
     assert_close(evaluate(compiled, tensors, **options), evaluate(linear_attention, tensors, **options), 1e-7)
 
 
+@pytest.mark.slow
 def test_operator_contract():
     q, k, v, decay = [x.requires_grad_() for x in inputs(1, 5, 1, 2, 8, 8, "token").values()][:4]
     gain, cu_seqlens = torch.full_like(decay, -0.5).requires_grad_(), torch.tensor([0, 2, 5], dtype=torch.int32)
@@ -167,6 +168,7 @@ def test_operator_contract():
     torch.library.opcheck(torch.ops.zoo.linear_attention, args)
 
 
+@pytest.mark.slow
 def test_operator_contract_of_value_decay():
     *parts, decay = (-torch.rand(1, 5, 1, 8) for _ in range(4))
     state = torch.randn(1, 1, 8, 8, requires_grad=True)

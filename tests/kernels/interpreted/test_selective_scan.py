@@ -16,6 +16,7 @@ def check(check_vector):
     return partial(check_vector, call)
 
 
+@pytest.mark.slow
 def test_operator_contract():
     tensors = {name: x.requires_grad_() for name, x in inputs(5, 1, n=2).items()}
     cu_seqlens = torch.tensor([0, 2, 5], dtype=torch.int32)
