@@ -11,10 +11,9 @@ from typing import Any
 
 from zoo.architectures.core import delta_hybrid
 from zoo.architectures.core.config import DecoderConfig, Layer, Norm
-from zoo.architectures.core.mamba_rules import depthwise
 from zoo.architectures.core.operations import Operation
 from zoo.architectures.core.published import confirm, expert_rules, linear_rules, part_of, require
-from zoo.architectures.core.rules import Rule, alias, rename
+from zoo.architectures.core.rules import Rule, alias, depthwise, rename
 from zoo.errors import ZooError
 
 ARCHITECTURE = "kimi_linear"

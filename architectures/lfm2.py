@@ -10,9 +10,8 @@ from typing import Any
 
 from zoo.architectures.core.config import DecoderConfig, Head, Layer, Norm, Rope
 from zoo.architectures.core.local_global import whole_rope
-from zoo.architectures.core.mamba_rules import depthwise
 from zoo.architectures.core.published import confirm, head_rule, linear_rules, part_of, require, rope_parameters
-from zoo.architectures.core.rules import Rule, rename
+from zoo.architectures.core.rules import Rule, depthwise, rename
 from zoo.architectures.mixers.attention import Args as AttentionArgs
 from zoo.architectures.mixers.gated_short_conv import Args as ConvArgs
 from zoo.errors import ZooError

@@ -11,11 +11,10 @@ from typing import Any
 
 from zoo.architectures.core import delta_hybrid
 from zoo.architectures.core.config import DecoderConfig, Head, Layer, Norm, Rope
-from zoo.architectures.core.mamba_rules import depthwise
 from zoo.architectures.core.operations import Operation
 from zoo.architectures.core.published import confirm, head_rule, linear_rules, part_of, rope_parameters
 from zoo.architectures.core.published import rope as read_rope
-from zoo.architectures.core.rules import Rule, alias, rename, within
+from zoo.architectures.core.rules import Rule, alias, depthwise, rename, within
 from zoo.errors import ZooError
 
 ARCHITECTURE = "olmo_hybrid"

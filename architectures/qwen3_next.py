@@ -11,10 +11,9 @@ from typing import Any
 
 from zoo.architectures.core import delta_hybrid
 from zoo.architectures.core.config import DecoderConfig, Head, Layer, Norm, Rope
-from zoo.architectures.core.mamba_rules import depthwise
 from zoo.architectures.core.published import confirm, expert_rules, head_rule, linear_rules, part_of, rope_parameters
 from zoo.architectures.core.published import rope as read_rope
-from zoo.architectures.core.rules import Rule, drop, rename, unweave, within
+from zoo.architectures.core.rules import Rule, depthwise, drop, rename, unweave, within
 from zoo.errors import ZooError
 
 ARCHITECTURE = "qwen3_next"

@@ -13,9 +13,8 @@ import torch
 
 from zoo.architectures.core.config import DecoderConfig, Embed, Head, Layer, Norm, Rope
 from zoo.architectures.core.local_global import GELUS
-from zoo.architectures.core.mamba_rules import depthwise
 from zoo.architectures.core.published import confirm, head_rule, linear_rules, part_of, require, rope, rope_parameters
-from zoo.architectures.core.rules import Rule, rename
+from zoo.architectures.core.rules import Rule, depthwise, rename
 from zoo.architectures.mixers.attention import Args as AttentionArgs
 from zoo.architectures.mixers.rg_lru import Args as RGLRUArgs
 from zoo.errors import ZooError

@@ -2,46 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
-from zoo.architectures.core.config import DecoderConfig, Norm
-from zoo.architectures.core.stack import uniform
+from zoo.architectures import ttt_linear
+from zoo.architectures.core.config import DecoderConfig
 
-PRESETS: dict[str, dict[str, Any]] = {
-    "tiny": dict(vocab_size=256, hidden_size=64, depth=2, heads=4, intermediate_size=128, mini_batch=4),
-    # the sizes of the paper's models, on the Transformer backbone
-    "125m": dict(vocab_size=32000, hidden_size=768, depth=12, heads=12, intermediate_size=2048),
-    "350m": dict(vocab_size=32000, hidden_size=1024, depth=24, heads=16, intermediate_size=2736),
-    "760m": dict(vocab_size=32000, hidden_size=1536, depth=24, heads=16, intermediate_size=4096),
-    "1b3": dict(vocab_size=32000, hidden_size=2048, depth=24, heads=32, intermediate_size=5504),
-}
+PRESETS = ttt_linear.PRESETS  # the paper's models differ in the inner network alone
 
 
-def layout(
-    *,
-    vocab_size: int,
-    hidden_size: int,
-    depth: int,
-    heads: int,
-    intermediate_size: int,
-    mini_batch: int = 16,
-    base_lr: float = 0.1,
-    gate: bool = False,
-    shared_qk: bool = False,
-    norm_eps: float = 1e-6,
-    tied: bool = True,
-    max_position_embeddings: int = 2048,
-) -> DecoderConfig:
-    """`depth` layers of TTT-MLP and SwiGLU; `gate` and `shared_qk` make the mixer that of the Mamba backbone."""
-    sizes = dict(heads=heads, head_dim=hidden_size // heads, mini_batch=mini_batch)
-    return uniform(
-        "ttt_mlp",
-        dict(**sizes, base_lr=base_lr, gate=gate, shared_qk=shared_qk),
-        vocab_size=vocab_size,
-        hidden_size=hidden_size,
-        depth=depth,
-        intermediate_size=intermediate_size,
-        norm=Norm(eps=norm_eps),
-        tied=tied,
-        max_position_embeddings=max_position_embeddings,
-    )
+def layout(*, base_lr: float = 0.1, **sizes: Any) -> DecoderConfig:
+    """The layers of `ttt_linear.layout`, whose `sizes` are taken, with the mixer `ttt_mlp`."""
+    decoder = ttt_linear.layout(base_lr=base_lr, **sizes)
+    return replace(decoder, layers=tuple(replace(layer, mixer="ttt_mlp") for layer in decoder.layers))

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from zoo.architectures.core.cache import LayerCache
-from zoo.architectures.core.mixer import Context, wide_dtype
+from zoo.architectures.core.mixer import Context
+from zoo.architectures.core.recurrent import continued
 from zoo.kernels.delta_rule import delta_rule, delta_rule_step
 
 
@@ -28,18 +29,10 @@ def recur(
     qk_l2norm: bool = True,
     scale: float | None = None,
 ) -> Tensor:
-    """`delta_rule` of `q, k [B, T, H, K]` and `v [B, T, Hv, V]`; the cache's `state` is continued and kept."""
-    args: dict[str, Any] = dict(qk_l2norm=qk_l2norm, scale=scale)
-    if cache is None:
-        return delta_rule(q, k, v, beta, decay, cu_seqlens=ctx.cu_seqlens, **args)[0]
-    shape = (q.shape[0], v.shape[2], q.shape[3], v.shape[3])
-    state = cache.state("state", shape, wide_dtype(q), "recurrent", q.device)
-    if ctx.phase == "decode" and q.shape[1] == 1 and not torch.is_grad_enabled():
-        return delta_rule_step(q, k, v, beta, decay, state=state, **args)
-    o, new = delta_rule(q, k, v, beta, decay, initial_state=state, output_final_state=True, **args)
-    assert new is not None
-    cache.put("state", new)
-    return o
+    """`delta_rule` of `q, k [B, T, H, K]` and `v [B, T, Hv, V]`, over the cache's `state`."""
+    states = {"state": (v.shape[2], q.shape[3], v.shape[3])}
+    options: dict[str, Any] = dict(qk_l2norm=qk_l2norm, scale=scale)
+    return continued(delta_rule, delta_rule_step, (q, k, v, beta, decay), states, ctx, cache, **options)
 
 
 def published_rates(heads: int) -> Tensor:

@@ -17,10 +17,10 @@ from zoo.architectures.core import mixer
 from zoo.architectures.core.cache import LayerCache
 from zoo.architectures.core.cache_view import CacheView
 from zoo.architectures.core.config import DecoderConfig, Norm
-from zoo.architectures.core.mixer import Context, Mixer, grouped, wide, wide_dtype
+from zoo.architectures.core.mixer import Context, Mixer, grouped, wide
 from zoo.architectures.core.norms import make_norm
 from zoo.architectures.core.plan import AttentionSpec
-from zoo.architectures.core.recurrent import check_rope
+from zoo.architectures.core.recurrent import check_rope, continued
 from zoo.architectures.core.rope import apply_rope
 from zoo.errors import ZooError
 from zoo.kernels.linear_attention import linear_attention, linear_attention_step
@@ -42,18 +42,10 @@ def recur(
     bonus: Tensor | None = None,
     value_decay: Tensor | None = None,
 ) -> Tensor:
-    """`linear_attention` of `q, k [B, T, H, K]` and `v [B, T, Hv, V]`; the cache's `state` is continued and kept."""
-    args: dict[str, Any] = {"normalize": normalize, "scale": scale, "bonus": bonus, "value_decay": value_decay}
-    if cache is None:
-        return linear_attention(q, k, v, decay, cu_seqlens=ctx.cu_seqlens, **args)[0]
-    shape = (q.shape[0], v.shape[2], q.shape[3], v.shape[3] + (normalize == "sum"))
-    state = cache.state("state", shape, wide_dtype(q), "recurrent", q.device)
-    if ctx.phase == "decode" and q.shape[1] == 1 and not torch.is_grad_enabled():
-        return linear_attention_step(q, k, v, decay, state=state, **args)
-    o, new = linear_attention(q, k, v, decay, initial_state=state, output_final_state=True, **args)
-    assert new is not None
-    cache.put("state", new)
-    return o
+    """`linear_attention` of `q, k [B, T, H, K]` and `v [B, T, Hv, V]`, over the cache's `state`."""
+    options: dict[str, Any] = {"normalize": normalize, "scale": scale, "bonus": bonus, "value_decay": value_decay}
+    states = {"state": (v.shape[2], q.shape[3], v.shape[3] + (normalize == "sum"))}
+    return continued(linear_attention, linear_attention_step, (q, k, v, decay), states, ctx, cache, **options)
 
 
 def recurrent_bytes(heads: int, keys: int, values: int) -> int:

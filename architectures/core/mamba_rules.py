@@ -10,30 +10,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from itertools import accumulate
 from typing import Any
 
-from zoo.architectures.core.operations import Operation
 from zoo.architectures.core.published import head_rule
-from zoo.architectures.core.rules import Chain, Rule, rename, split
+from zoo.architectures.core.rules import Rule, depthwise, rename, split
 from zoo.errors import ZooError
-
-_DROP_AXIS: Chain = (Operation("transpose", {"dims": (1, 0, 2)}), Operation("take", {"index": 0}))
-_ADD_AXIS: Chain = (Operation("stack"), Operation("transpose", {"dims": (1, 0, 2)}))
-
-
-def depthwise(source: str, targets: Sequence[str], sizes: Sequence[int] | None = None) -> Rule:
-    """A depthwise `nn.Conv1d` weight `[C, 1, W]` to `[C, W]`, or cut along C into `targets` of `sizes` channels."""
-    if sizes is None:
-        (target,) = targets
-        return Rule((source,), (target,), (_DROP_AXIS,), (_ADD_AXIS,))
-    stops = list(accumulate(sizes))
-    forward = [
-        (Operation("slice", {"dim": 0, "start": start, "stop": stop}), *_DROP_AXIS)
-        for start, stop in zip([0, *stops], stops, strict=False)
-    ]
-    back: Chain = (Operation("concat", {"dim": 0}), *_ADD_AXIS)
-    return Rule((source,), tuple(targets), tuple(forward), (back,))
 
 
 def mamba_rules(theirs: str, ours: str) -> tuple[Rule, ...]:

@@ -6,7 +6,7 @@ B batch, T new tokens, C channels, W convolution width.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, cast
 
 import torch
@@ -23,6 +23,17 @@ from zoo.errors import ZooError
 from zoo.kernels.scan import scan, scan_step
 from zoo.kernels.short_conv import short_conv
 
+# attention options that change queries, keys or outputs in ways that other mixers have no parameter for
+UNTRANSFERRED = (
+    "qk_norm_full",
+    "qk_norm_after_rope",
+    "sink_logits",
+    "output_gate",
+    "temperature",
+    "differential",
+    "writes",
+    "value_dim",
+)
 GATES: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "sigmoid": torch.sigmoid, "linear": lambda x: x}
 
 
@@ -41,17 +52,49 @@ def check_rope(rope: str | None, config: DecoderConfig) -> None:
         raise ZooError(f"rope {rope!r} names no table; the config has {', '.join(config.ropes) or 'none'}")
 
 
-def scanned(x: Tensor, decay: Tensor, ctx: Context, cache: LayerCache | CacheView | None) -> Tensor:
-    """`scan` of `x [B, T, C]` with the log `decay [B, T, C]`; the cache's `state [B, C]` is continued and kept."""
+def continued(
+    op: Callable[..., Any],
+    step: Callable[..., Any],
+    tensors: Sequence[Tensor | None],
+    states: Mapping[str, Sequence[int]],
+    ctx: Context,
+    cache: LayerCache | CacheView | None,
+    *,
+    dtype: torch.dtype | None = None,
+    fills: Sequence[float] = (),
+    **options: Any,
+) -> Tensor:
+    """A recurrence over the cache: its states are continued and kept, and without a cache each sequence begins anew.
+
+    Args:
+        op, step: the op and its step for one token, called with `tensors`, of which the first is `[B, T, ...]`, and
+            `options`.
+        states: the cache's name of each state and its shape without the batch; several are one tuple for the op.
+        dtype: that of the states; default: fp32, or fp64 beside fp64.
+        fills: what each fresh state holds, zeros by default.
+    """
     if cache is None:
-        return scan(x, decay, cu_seqlens=ctx.cu_seqlens)[0]
-    state = cache.state("state", (x.shape[0], x.shape[2]), wide_dtype(x), "recurrent", x.device)
+        y: Tensor = op(*tensors, cu_seqlens=ctx.cu_seqlens, **options)[0]
+        return y
+    x = tensors[0]
+    assert x is not None
+    held = tuple(
+        cache.state(name, (x.shape[0], *shape), dtype or wide_dtype(x), "recurrent", x.device, fill)
+        for (name, shape), fill in zip(states.items(), fills or [0.0] * len(states), strict=True)
+    )
+    state = held if len(held) > 1 else held[0]
     if ctx.phase == "decode" and x.shape[1] == 1 and not torch.is_grad_enabled():
-        return scan_step(x, decay, state=state)
-    h, new = scan(x, decay, initial_state=state, output_final_state=True)
-    assert new is not None
-    cache.put("state", new)
-    return h
+        y = step(*tensors, state=state, **options)
+        return y
+    y, new = op(*tensors, initial_state=state, output_final_state=True, **options)
+    for name, value in zip(states, new if len(held) > 1 else (new,), strict=True):
+        cache.put(name, value)
+    return y
+
+
+def scanned(x: Tensor, decay: Tensor, ctx: Context, cache: LayerCache | CacheView | None) -> Tensor:
+    """`scan` of `x [B, T, C]` with the log `decay [B, T, C]`, over the cache's `state [B, C]`."""
+    return continued(scan, scan_step, (x, decay), {"state": x.shape[2:]}, ctx, cache)
 
 
 class ConvStates(nn.Module):
@@ -130,7 +173,6 @@ def _by_head(spec: AttentionSpec, name: str, heads: tuple[int, ...] | None) -> t
 
 def _check_transfer(spec: AttentionSpec) -> None:
     """Refuse attention whose queries or keys are made in a way that no recurrent mixer repeats."""
-    ways = ("qk_norm_full", "qk_norm_after_rope", "output_gate", "temperature", "differential", "writes", "value_dim")
-    for name in ways:
+    for name in UNTRANSFERRED:
         if spec.args.get(name):
             raise ZooError(f"the source's attention uses {name}, which other mixers cannot take over; keep its layers")

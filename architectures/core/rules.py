@@ -21,6 +21,8 @@ from zoo.errors import ZooError
 
 Chain = tuple[Operation, ...]
 COPY: Chain = (Operation("copy"),)
+_DROP_AXIS: Chain = (Operation("transpose", {"dims": (1, 0, 2)}), Operation("take", {"index": 0}))
+_ADD_AXIS: Chain = (Operation("stack"), Operation("transpose", {"dims": (1, 0, 2)}))
 
 
 class TensorSpec(Protocol):
@@ -196,6 +198,16 @@ def chain(*rules: Rule) -> Rule:
     forward = tuple(operation for rule in rules for operation in rule.forward[0])
     backward = tuple(operation for rule in reversed(rules) for operation in rule.backward[0])
     return Rule(rules[0].sources, rules[-1].targets, (forward,), (backward,))
+
+
+def depthwise(source: str, targets: Sequence[str], sizes: Sequence[int] | None = None) -> Rule:
+    """A depthwise `nn.Conv1d` weight `[C, 1, W]` to `[C, W]`, or cut along C into `targets` of `sizes` channels."""
+    if sizes is None:
+        (target,) = targets
+        return Rule((source,), (target,), (_DROP_AXIS,), (_ADD_AXIS,))
+    forward = [(*cut, *_DROP_AXIS) for cut in _slices(sizes, 0)]
+    back: Chain = (Operation("concat", {"dim": 0}), *_ADD_AXIS)
+    return Rule((source,), tuple(targets), tuple(forward), (back,))
 
 
 def drop(source: str, same_as: str | None = None) -> Rule:

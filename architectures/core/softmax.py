@@ -110,7 +110,7 @@ class SoftmaxAttention(Mixer):
     def _turned(self, x: Tensor, name: str, heads: int, ctx: Context) -> Tensor:
         """`[B, T, heads K]` to `[B, T, heads, K]` after qk-norm and RoPE."""
         full, after = self.args.qk_norm_full, self.args.qk_norm_after_rope
-        norm = None if self.args.qk_norm is None else self.get_submodule(name)
+        norm = None if self.args.qk_norm is None else getattr(self, name)
         if norm is not None and full:
             x = norm(x)
         x = grouped(x, heads)

@@ -169,7 +169,7 @@ class Mamba2(RotatedKeys):
         return self.out_proj(self._gated(y.flatten(-2), self._projected("z", x)).to(x.dtype))
 
     def _projected(self, name: str, x: Tensor) -> Tensor:
-        y = self.get_submodule(f"{name}_proj")(x)
+        y = getattr(self, f"{name}_proj")(x)
         return y if self.args.scales is None else y * self.args.scales[PROJECTIONS.index(name)]
 
     def _time_steps(self, x: Tensor) -> Tensor:

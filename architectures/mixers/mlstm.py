@@ -22,8 +22,9 @@ from zoo.architectures.core import mixer
 from zoo.architectures.core.cache import LayerCache
 from zoo.architectures.core.config import DecoderConfig
 from zoo.architectures.core.linear import check_sizes, recurrent_bytes
-from zoo.architectures.core.mixer import Context, Mixer, grouped, keep_fp32, wide, wide_dtype
+from zoo.architectures.core.mixer import Context, Mixer, grouped, keep_fp32, wide
 from zoo.architectures.core.norms import head_norm
+from zoo.architectures.core.recurrent import continued
 from zoo.errors import ZooError
 from zoo.kernels.mlstm import mlstm, mlstm_step
 
@@ -85,7 +86,10 @@ class MLSTM(Mixer):
         if ctx.padding_mask is not None:  # padding writes nothing and forgets nothing
             padding = ~ctx.padding_mask[..., None]
             write, keep = write.masked_fill(padding, -torch.inf), keep.masked_fill(padding, torch.inf)
-        h = self._recur(q, k, v, write, keep, ctx, cache)
+        size = self.args.head_dim
+        matrix, vector, number = (self.heads, size, self.value_dim), (self.heads, size), (self.heads,)
+        states = {"memory": matrix, "normalizer": vector, "maximum": number}
+        h = continued(mlstm, mlstm_step, (q, k, v, write, keep), states, ctx, cache)
         h = head_norm(h, self.norm_weight, None, self.args.norm_eps)
         return self.o_proj(self.g_proj(x).sigmoid() * h.to(x.dtype))
 
@@ -93,25 +97,6 @@ class MLSTM(Mixer):
         """`[B, T, H]` in fp32."""
         gate, cap = wide(x) + wide(bias), self.args.gate_softcap
         return gate if cap is None else cap * torch.tanh(gate / cap)
-
-    def _recur(
-        self, q: Tensor, k: Tensor, v: Tensor, write: Tensor, keep: Tensor, ctx: Context, cache: LayerCache | None
-    ) -> Tensor:
-        if cache is None:
-            return mlstm(q, k, v, write, keep, cu_seqlens=ctx.cu_seqlens)[0]
-        sizes = {"memory": (self.args.head_dim, self.value_dim), "normalizer": (self.args.head_dim,), "maximum": ()}
-        memory, normalizer, maximum = (
-            cache.state(name, (q.shape[0], self.heads, *size), wide_dtype(q), "recurrent", q.device)
-            for name, size in sizes.items()
-        )
-        state = (memory, normalizer, maximum)
-        if ctx.phase == "decode" and q.shape[1] == 1 and not torch.is_grad_enabled():
-            return mlstm_step(q, k, v, write, keep, state=state)
-        h, new = mlstm(q, k, v, write, keep, initial_state=state, output_final_state=True)
-        assert new is not None
-        for name, value in zip(sizes, new, strict=True):
-            cache.put(name, value)
-        return h
 
     def state_bytes(self, length: int, itemsize: int = 2) -> int:
         return recurrent_bytes(self.heads, self.args.head_dim, self.value_dim + 1) + recurrent_bytes(self.heads, 1, 1)

@@ -24,8 +24,9 @@ from transformers import initialization
 from zoo.architectures.core.cache import LayerCache
 from zoo.architectures.core.config import DecoderConfig
 from zoo.architectures.core.linear import check_sizes, recurrent_bytes
-from zoo.architectures.core.mixer import Context, Mixer, Output, grouped, keep_fp32, wide, wide_dtype
+from zoo.architectures.core.mixer import Context, Mixer, Output, grouped, keep_fp32, wide
 from zoo.architectures.core.norms import head_norm
+from zoo.architectures.core.recurrent import continued
 from zoo.architectures.core.token_shift import HeadArgs, LowRank, decay_speeds, mixed, ramp, token_shift
 from zoo.errors import ZooError
 from zoo.kernels.dplr import dplr, dplr_step
@@ -126,7 +127,9 @@ class RWKV7(Mixer):
         write = erase * grouped(rate, self.heads)
         r, k, v = (grouped(part, self.heads) for part in (r, k, v))
         a, b = (ctx.mask(part.to(x.dtype)) for part in (-erase, write))
-        o = self._recur(r, ctx.mask(k), ctx.mask(v), a, b, self._decay(inputs["w"], ctx), ctx, cache)
+        tensors = (r, ctx.mask(k), ctx.mask(v), a, b, self._decay(inputs["w"], ctx))
+        states = {"state": (self.heads, self.args.head_dim, self.args.head_dim)}
+        o = continued(dplr, dplr_step, tensors, states, ctx, cache, scale=1.0)
         o = wide(head_norm(o, self.norm_weight, self.norm_bias, self.args.norm_eps))
         bonus = (wide(r) * wide(k) * wide(self.bonus)).sum(-1, keepdim=True) * wide(v)
         y = self.o_proj((self.gate_map(inputs["g"]) * (o + bonus.flatten(-2))).to(x.dtype))
@@ -135,28 +138,6 @@ class RWKV7(Mixer):
     def _decay(self, x: Tensor, ctx: Context) -> Tensor:
         """Log decay `[B, T, H, K]` in fp32; padding does not forget."""
         return ctx.mask(grouped(-SLOWEST * self.decay_map(x).sigmoid(), self.heads))
-
-    def _recur(
-        self,
-        r: Tensor,
-        k: Tensor,
-        v: Tensor,
-        a: Tensor,
-        b: Tensor,
-        decay: Tensor,
-        ctx: Context,
-        cache: LayerCache | None,
-    ) -> Tensor:
-        if cache is None:
-            return dplr(r, k, v, a, b, decay, scale=1.0, cu_seqlens=ctx.cu_seqlens)[0]
-        shape = (r.shape[0], self.heads, self.args.head_dim, self.args.head_dim)
-        state = cache.state("state", shape, wide_dtype(r), "recurrent", r.device)
-        if ctx.phase == "decode" and r.shape[1] == 1 and not torch.is_grad_enabled():
-            return dplr_step(r, k, v, a, b, decay, scale=1.0, state=state)
-        o, new = dplr(r, k, v, a, b, decay, scale=1.0, initial_state=state, output_final_state=True)
-        assert new is not None
-        cache.put("state", new)
-        return o
 
     def state_bytes(self, length: int, itemsize: int = 2) -> int:
         return recurrent_bytes(self.heads, self.args.head_dim, self.args.head_dim) + self.width * itemsize

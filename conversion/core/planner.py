@@ -16,12 +16,10 @@ from zoo.architectures.core.formats import CARRIED, Canonical, check_tensors
 from zoo.architectures.core.layout import Item, parse_layout
 from zoo.architectures.core.operations import Operation, initial
 from zoo.architectures.core.plan import AttentionSpec, Init, MixerPlan
+from zoo.architectures.core.recurrent import UNTRANSFERRED
 from zoo.architectures.core.rules import Step
 from zoo.architectures.core.zoo_config import ZooConfig
 from zoo.errors import ZooError
-
-# attention options that change queries, keys or outputs in ways that other mixers have no parameter for
-UNTRANSFERRED = ("qk_norm_full", "qk_norm_after_rope", "sink_logits", "output_gate", "temperature", "value_dim")
 
 
 @dataclass(frozen=True)
