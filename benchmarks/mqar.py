@@ -5,7 +5,8 @@
 
 A row is 256 tokens: 32 pairs `key value`, then each key once more at a random later place, where its value is asked
 for; the tokens between are noise. Example, with 2 pairs: `k1 v1 k2 v2 . k2 . . k1 .`, asked: v2 after the second k2, v1
-after the second k1. A model has two layers of one mixer, nothing else but norms, and is trained from scratch. One line
+after the second k1. A model has two layers of one mixer, nothing else but norms, and is trained from scratch, on rows
+of 1, 2, 4, 8, 16 and 32 pairs (of few pairs each key is asked for several times), and tested on 32. One line
 of the CSV is one mixer, width and seed; a run that finds lines there goes on with what is missing, and may be
 interrupted.
 """
@@ -43,18 +44,28 @@ FIELDS = (
 
 
 # ---- the task -------------------------------------------------------------------------------------------------------
-def examples(rows: int, generator: torch.Generator, device: str) -> tuple[Tensor, Tensor]:
-    """Ids `[rows, TOKENS]` and labels, -100 but where a value is asked for. Keys, values and noise do not overlap."""
+def examples(rows: int, generator: torch.Generator, device: str, mixed: bool = False) -> tuple[Tensor, Tensor]:
+    """Ids `[rows, TOKENS]` and labels, -100 but where a value is asked for. Keys, values and noise do not overlap.
+
+    Every row has 32 pairs, or if `mixed` any power of two up to that, and asks for 32 values.
+    """
     third = VOCABULARY // 3
     ids = torch.randint(2 * third, VOCABULARY, (rows, TOKENS), generator=generator, device=device)
     labels = torch.full_like(ids, -100)
     keys = distinct(rows, third, generator, device)
     values = third + torch.randint(0, third, (rows, PAIRS), generator=generator, device=device)
-    ids[:, 0 : 2 * PAIRS : 2], ids[:, 1 : 2 * PAIRS : 2] = keys, values
+    powers = int(math.log2(PAIRS))
+    least = 0 if mixed else powers
+    pairs = 2 ** torch.randint(least, powers + 1, (rows, 1), generator=generator, device=device)
+    number = torch.arange(PAIRS, device=device)
+    for first, tokens in ((0, keys), (1, values)):
+        places = slice(first, 2 * PAIRS, 2)
+        ids[:, places] = torch.where(number < pairs, tokens, ids[:, places])
+    asked = number % pairs
     free = torch.rand(rows, TOKENS - 2 * PAIRS, generator=generator, device=device)
     places = 2 * PAIRS + free.argsort(1)[:, :PAIRS]
-    ids.scatter_(1, places, keys)
-    labels.scatter_(1, places, values)
+    ids.scatter_(1, places, keys.gather(1, asked))
+    labels.scatter_(1, places, values.gather(1, asked))
     return ids, labels
 
 
@@ -98,7 +109,7 @@ def measured(mixer: str, width: int, seed: int, device: str, steps: int) -> dict
         rate = RATE * min(1.0, used / WARMUP) * 0.5 * (1 + math.cos(math.pi * used / steps))
         for group in optimizer.param_groups:
             group["lr"] = rate
-        value = loss_of(model, *examples(BATCH, generator, device), device)
+        value = loss_of(model, *examples(BATCH, generator, device, mixed=True), device)
         optimizer.zero_grad(set_to_none=True)
         value.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

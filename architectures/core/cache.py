@@ -54,7 +54,9 @@ class LayerCache(CacheLayerMixin):
         self.cumulative_length: int | Tensor = 0 if max_cache_len is None else torch.zeros((), dtype=torch.long)
         self.started = False  # known on the host, unlike a static cache's length
         self.padded = False  # some call had padding: cached keys need positions
+        self.gaps = False  # some padding lies behind real tokens, not only before the first
         self.record_past = False
+        self.notes: dict[str, Any] = {}  # what a method derives from the cached keys; dropped when these change
         self._states: dict[str, _State] = {}
         self._snapshot: _Snapshot | None = None
 
@@ -123,8 +125,9 @@ class LayerCache(CacheLayerMixin):
         return length
 
     def bytes(self) -> dict[str, int]:
-        """Bytes held, by state name."""
-        return {name: s.tensor.numel() * s.tensor.element_size() for name, s in self._states.items()}
+        """Bytes held, by state name, with what is noted about the keys."""
+        held = {name: s.tensor.numel() * s.tensor.element_size() for name, s in self._states.items()}
+        return held | ({"notes": noted_bytes(self.notes)} if self.notes else {})
 
     # Rollback: a snapshot before the call plus the call's inputs; going back replays the tokens that stay.
 
@@ -163,6 +166,7 @@ class LayerCache(CacheLayerMixin):
         snapshot, self._snapshot = self._snapshot, None
         if n == 0:
             return
+        self.notes.clear()
         if self._only_keys():
             self._crop_keys(n)
         elif snapshot is None or n > snapshot.tokens:
@@ -217,8 +221,9 @@ class LayerCache(CacheLayerMixin):
         return next(iter(self._states.values())).tensor.shape[0]
 
     def reset(self) -> None:
-        self.started = self.padded = False
+        self.started = self.padded = self.gaps = False
         self._snapshot = None
+        self.notes.clear()
         if isinstance(self.cumulative_length, int):
             self._states, self.cumulative_length = {}, 0
             return
@@ -227,6 +232,7 @@ class LayerCache(CacheLayerMixin):
             s.tensor.fill_(s.fill)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> None:
+        self.notes.clear()
         for s in self._states.values():
             if self.static:
                 s.tensor.copy_(function(s.tensor))
@@ -250,6 +256,14 @@ class LayerCache(CacheLayerMixin):
     def prefetch(self) -> None:
         for s in self._states.values():
             s.tensor = s.tensor.to(getattr(self, "_device", s.tensor.device), non_blocking=True)
+
+
+def noted_bytes(notes: Any) -> int:
+    """Bytes of the tensors in a mapping of mappings and tuples."""
+    if isinstance(notes, Tensor):
+        return notes.numel() * notes.element_size()
+    parts = notes.values() if isinstance(notes, dict) else notes if isinstance(notes, (tuple, list)) else ()
+    return sum(noted_bytes(part) for part in parts)
 
 
 def grow(state: _State, new: Tensor) -> None:

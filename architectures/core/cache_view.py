@@ -37,6 +37,11 @@ class CacheView:
         return self.layer.append(self._name(name), new, fill)
 
     @property
+    def notes(self) -> dict[str, Any]:
+        own: dict[str, Any] = self.layer.notes.setdefault(self.prefix, {})
+        return own
+
+    @property
     def static(self) -> bool:
         return self.layer.static
 
@@ -47,6 +52,10 @@ class CacheView:
     @property
     def padded(self) -> bool:
         return self.layer.padded
+
+    @property
+    def gaps(self) -> bool:
+        return self.layer.gaps
 
     @property
     def cumulative_length(self) -> int | Tensor:

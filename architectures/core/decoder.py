@@ -99,8 +99,9 @@ class Decoder:
         layer = None if cache is None or not cache.layers else cache.layers[0]
         mask = real_tokens(batch.attention_mask, shape[1])
         if layer is not None and mask is not None:
+            gaps = leaves_gaps(mask, layer.started)
             for each in cache.layers:  # type: ignore[union-attr]
-                each.padded = True
+                each.padded, each.gaps = True, each.gaps or gaps
         positions = token_positions(shape, device, batch, layer, mask)
         cu_seqlens = batch.cu_seqlens
         if cu_seqlens is None and cache is None and mask is None:
@@ -168,6 +169,16 @@ def share_submodules(blocks: list[Any], config: DecoderConfig) -> dict[str, str]
             setattr(block.get_submodule(parent), leaf, first[key][1])
             shared[name] = first[key][0]
     return shared
+
+
+def leaves_gaps(mask: Tensor, started: bool) -> bool:
+    """Whether padding of a call, `mask [B, T]` True on real tokens, will lie behind real tokens in the cache.
+
+    One token on a GPU is taken to be real, as to look would cost a wait for every token.
+    """
+    if torch.compiler.is_compiling() or (mask.is_cuda and mask.shape[1] == 1):
+        return False
+    return bool((~mask).any()) if started else bool((mask[:, :-1] & ~mask[:, 1:]).any() | (~mask[:, -1]).any())
 
 
 def real_tokens(attention_mask: Tensor | None, tokens: int) -> Tensor | None:

@@ -18,12 +18,13 @@ Kept = tuple[dict[str, Tensor], Tensor | None, Tensor | None]
 
 class Keys(NamedTuple):
     """`k, v [B, S, G, K]`, the new tokens last, and the positions of queries `[B, T]` and keys `[B, S]` where their
-    order alone does not tell what is visible."""
+    order alone does not tell what is visible; the cache that holds them, where a mixer needs it."""
 
     k: Tensor
     v: Tensor
     q_positions: Tensor | None = None
     k_positions: Tensor | None = None
+    cache: LayerCache | None = None
 
 
 def key_positions(ctx: Context) -> Tensor:

@@ -135,6 +135,7 @@ class Mixer(Part):
 
     layer_type: ClassVar[str] = "zoo_recurrent"  # transformers' word for it, in `config.layer_types`
     by_head: ClassVar[bool] = True  # `from_attention` can take some heads of a layer
+    keeps_softmax: ClassVar[bool] = False  # `from_attention` takes all options of softmax attention, or says which not
 
     @classmethod
     def layer_type_of(cls, args: Mapping[str, Any]) -> str:

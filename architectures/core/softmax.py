@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from zoo.architectures.core import mixer
 from zoo.architectures.core.cache import LayerCache
-from zoo.architectures.core.config import DecoderConfig, Norm
+from zoo.architectures.core.config import UNWEIGHTED, DecoderConfig, Norm
 from zoo.architectures.core.keys import Keys, all_tokens, recent_tokens
 from zoo.architectures.core.mixer import Context, Mixer, Output, grouped, repeat_heads
 from zoo.architectures.core.norms import make_norm
+from zoo.architectures.core.plan import AttentionSpec, Row
 from zoo.architectures.core.recurrent import check_rope
 from zoo.architectures.core.rope import apply_rope
 from zoo.errors import ZooError
@@ -138,10 +139,10 @@ class SoftmaxAttention(Mixer):
         """The keys and values that the queries of `x [B, T, D]` may see, or more."""
         new = dict(zip("kv", self.keys_values(x, ctx), strict=True))
         if cache is not None and self.recent is not None:
-            seen, *positions = recent_tokens(new, ctx, cache, self.recent, getattr(self.args, "sinks", 0))
+            seen, q_at, k_at = recent_tokens(new, ctx, cache, self.recent, getattr(self.args, "sinks", 0))
         else:
-            seen, *positions = all_tokens(new, ctx, cache)
-        return Keys(seen["k"], seen["v"], *positions)
+            seen, q_at, k_at = all_tokens(new, ctx, cache)
+        return Keys(seen["k"], seen["v"], q_at, k_at)
 
     def attend(self, q: Tensor, keys: Keys, ctx: Context) -> Tensor:
         """`[B, T, H, K]`: each query's average of the values that it sees."""
@@ -174,6 +175,15 @@ class SoftmaxAttention(Mixer):
         if self.recent is None:
             return token * length
         return (self.recent + getattr(self.args, "sinks", 0)) * (token + torch.int64.itemsize)
+
+
+def attention_rows(spec: AttentionSpec) -> tuple[Row, ...]:
+    """The tensors of softmax attention that a mixer with the same projections takes over as they are."""
+    biased = {"q_proj": spec.q_bias, "k_proj": spec.k_bias, "v_proj": spec.v_bias, "o_proj": spec.o_bias}
+    names = [f"{name}.weight" for name in biased]
+    names += [f"{name}.bias" for name, present in biased.items() if present]
+    names += ["q_norm.weight", "k_norm.weight"] if spec.qk_norm not in (None, *UNWEIGHTED) else []
+    return tuple(Row(source=name, target=name) for name in names)
 
 
 def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:

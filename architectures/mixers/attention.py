@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from transformers import initialization
 
 from zoo.architectures.core import mixer
-from zoo.architectures.core.config import UNWEIGHTED, DecoderConfig
+from zoo.architectures.core.config import DecoderConfig
 from zoo.architectures.core.differential import Difference
 from zoo.architectures.core.keys import Keys, all_tokens, keep_ring, key_positions, shared_names, to_values
 from zoo.architectures.core.mixer import Context, wide
 from zoo.architectures.core.plan import AttentionSpec, MixerPlan, Row
-from zoo.architectures.core.softmax import SoftmaxArgs, SoftmaxAttention
+from zoo.architectures.core.softmax import SoftmaxArgs, SoftmaxAttention, attention_rows
 from zoo.errors import ZooError
 from zoo.kernels.attention import attention
 
@@ -77,6 +77,7 @@ class Args(SoftmaxArgs):
 
 class Attention(SoftmaxAttention):
     options: ClassVar[type[mixer.Args]] = Args
+    keeps_softmax = True
 
     def __init__(self, config: DecoderConfig, args: Args) -> None:
         super().__init__(config, args)
@@ -105,12 +106,9 @@ class Attention(SoftmaxAttention):
             return super().from_attention(spec, heads)
         if heads is not None:
             raise ZooError("mixer 'attention' keeps all heads of a layer; heads cannot be chosen")
-        biased = {"q_proj": spec.q_bias, "k_proj": spec.k_bias, "v_proj": spec.v_bias, "o_proj": spec.o_bias}
-        names = [f"{name}.weight" for name in biased]
-        names += [f"{name}.bias" for name, present in biased.items() if present]
-        names += ["q_norm.weight", "k_norm.weight"] if spec.qk_norm not in (None, *UNWEIGHTED) else []
-        names += ["sinks"] if spec.args.get("sink_logits") else []
-        return MixerPlan(args=dict(spec.args), rows=tuple(Row(source=n, target=n) for n in names), inits=())
+        rows = attention_rows(spec)
+        rows += (Row(source="sinks", target="sinks"),) if spec.args.get("sink_logits") else ()
+        return MixerPlan(args=dict(spec.args), rows=rows, inits=())
 
     @property
     def recent(self) -> int | None:

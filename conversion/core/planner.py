@@ -187,11 +187,12 @@ def attention_spec(decoder: DecoderConfig, index: int) -> AttentionSpec:
 
 def _mixer_plan(decoder: DecoderConfig, index: int, swap: Swap) -> MixerPlan:
     spec = attention_spec(decoder, index)
+    module = registry.get("mixers", swap.mixer, "MODULE")
     unmet = [name for name in UNTRANSFERRED if spec.args.get(name)]
-    if swap.mixer != "attention" and unmet:
+    if unmet and not module.keeps_softmax:
         raise ZooError(f"layer {index} has attention with {unmet[0]}, which {swap.mixer} cannot take over; keep it")
     try:
-        plan: MixerPlan = registry.get("mixers", swap.mixer, "MODULE").from_attention(spec)
+        plan: MixerPlan = module.from_attention(spec)
     except ZooError as error:
         raise ZooError(f"layer {index}: {error}") from None
     return plan

@@ -20,6 +20,7 @@ __all__ = ["block_sparse_attention", "query_blocks"]
 
 BACKENDS = dispatch.load(__name__)
 SIZES = (1, *range(16, 129))
+LARGE = range(256, 4097, 128)  # blocks of keys alone
 
 
 def block_sparse_attention(
@@ -39,7 +40,8 @@ def block_sparse_attention(
             list h // (H // Hs). Numbers that are negative or beyond the keys name no block; repeated ones count once.
             Nq is `query_blocks(Tq, query_block, cu_seqlens)`.
         counts: [B, Hs, Nq], int32 or int64: only that many entries of a list are read. Default: all of them.
-        query_block, block: 1, or 16 to 128. Block 1 is a list of tokens, query_block 1 one list per query.
+        query_block, block: 1, or 16 to 128; block also a multiple of 128 up to 4096. Block 1 is a list of tokens,
+            query_block 1 one list per query.
         columns: [B, Hs, C] ([N, Hs, C] for N packed sequences), int32 or int64: key positions that every query
             sees. Negative ones and those beyond the keys are not used.
         bias: [B, Hs, Nq, S], fp32 (fp64), added to the scores of a listed block's keys. Of a repeated block the first
@@ -77,10 +79,11 @@ def block_sparse_attention(
 
 
 def _check_options(call: Call) -> None:
-    for name in ("query_block", "block"):
+    for name, also in (("query_block", ()), ("block", LARGE)):
         size = getattr(call, name)
-        if not isinstance(size, int) or isinstance(size, bool) or size not in SIZES:
-            raise ValueError(f"{name} is {size!r}; it must be 1 or an integer of 16 to 128")
+        if not isinstance(size, int) or isinstance(size, bool) or not (size in SIZES or size in also):
+            more = ", or a multiple of 128 up to 4096" if also else ""
+            raise ValueError(f"{name} is {size!r}; it must be 1 or an integer of 16 to 128{more}")
     for name in ("window", "sink_tokens"):
         check_size(name, getattr(call, name), 0)
     if not isinstance(call.causal, bool):

@@ -8,7 +8,7 @@ of them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,8 +18,10 @@ from transformers import DynamicCache, StaticCache
 from zoo import registry
 from zoo.architectures.core.config import DecoderConfig, Head, Layer, Rope
 from zoo.architectures.core.decoder import encoder_only
+from zoo.architectures.core.mixer import Mixer
 from zoo.architectures.core.modeling import ZooForCausalLM
 from zoo.architectures.core.plan import AttentionSpec
+from zoo.architectures.core.sparse import SparseAttention
 from zoo.architectures.core.zoo_config import ZooConfig
 
 VOCAB, WIDTH = 97, 64
@@ -50,7 +52,8 @@ SPEC = AttentionSpec(
 
 
 def convertible(mixer: str) -> bool:
-    return "from_attention" in vars(registry.get("mixers", mixer, "MODULE"))
+    found = registry.get("mixers", mixer, "MODULE")
+    return found.from_attention.__func__ is not Mixer.from_attention.__func__ and getattr(found, "makes_keys", True)
 
 
 def examples(kind: str, name: str) -> dict[str, dict[str, Any]]:
@@ -83,15 +86,35 @@ def part_layers() -> dict[str, Layer]:
 def part_cases() -> dict[str, tuple[Layer, ...]]:
     """The stack of every part: the layers that come before, and all of its own, two at least."""
     stacks: dict[str, list[Layer]] = {}
+    chosen: dict[bool, dict[str, list[Layer]]] = {True: {}, False: {}}
     for name, layer in PARTS.items():
         length = 2 if name.startswith(("channels/", "blocks/")) else 1
-        stacks.setdefault("/".join(name.split("/")[:length]), []).append(layer)
+        stack = "/".join(name.split("/")[:length])
+        if length == 1 and issubclass(cls := registry.get("mixers", stack, "MODULE"), SparseAttention):
+            consistent = bool(cls.parse(layer.mixer_args).everything)
+            chosen[consistent].setdefault(stack, []).append(layer)
+        else:
+            stacks.setdefault(stack, []).append(layer)
+    stacks |= shared_stacks(chosen[True], "") | shared_stacks(chosen[False], " of few keys")
     cases = {}
     for name, layers in stacks.items():
-        before = getattr(registry.load("mixers", name), "BEFORE", ()) if "/" not in name else ()
+        before = getattr(registry.load("mixers", name), "BEFORE", ()) if name in registry.names("mixers") else ()
         own = layers * 2 if len(layers) == 1 else layers
         cases[name] = (*(swiglu_layer(mixer, args) for mixer, args in before), *own)
     return cases
+
+
+def shared_stacks(layers: Mapping[str, list[Layer]], note: str, each: int = 6) -> dict[str, list[Layer]]:
+    """Stacks of about `each` layers of several mixers, as those that only choose keys differ in little else."""
+    stacks: dict[str, list[Layer]] = {}
+    names: list[str] = []
+    held: list[Layer] = []
+    for name, own in layers.items():
+        names.append(name)
+        held += own
+        if len(held) >= each or name == list(layers)[-1]:
+            stacks["+".join(names) + note], names, held = held, [], []
+    return stacks
 
 
 def presets() -> list[str]:
