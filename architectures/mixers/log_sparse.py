@@ -51,17 +51,20 @@ class LogSparseAttention(SoftmaxAttention):
     def recent(self) -> int | None:
         return None if self.args.restart is None else self.args.restart - 1
 
-    def distances(self, length: int) -> list[int]:
-        """How far back the keys of one query lie, in a text of `length` tokens."""
+    def distances(self, length: int, device: torch.device) -> Tensor:
+        """How far back the keys of one query lie, in a text of `length` tokens: numbers below `local` and powers of
+        two. They are made on the device, so that nothing waits for it."""
         most = min(length, self.args.restart or length)
-        powers = {1 << i for i in range(most.bit_length())}
-        return sorted(d for d in powers | set(range(self.args.local)) if d < most)
+        near = min(self.args.local, most)
+        least = max(near - 1, 0).bit_length()  # of the first power beyond those
+        powers = 2 ** torch.arange(least, max(least, (most - 1).bit_length()), device=device)
+        return torch.cat([torch.arange(near, device=device), powers])
 
     def attend(self, q: Tensor, keys: Keys, ctx: Context) -> Tensor:
         """Every query with the N keys that it sees, gathered: O(T log S)."""
         (b, t), s = q.shape[:2], keys.k.shape[1]
         queries, positions = (torch.atleast_2d(x) for x in known_positions(q, keys, ctx))
-        distances = torch.tensor(self.distances(s), device=q.device)
+        distances = self.distances(s, q.device)
         wanted = queries[..., None] - distances  # [B or 1, T, N]
         if keys.k_positions is None:
             slots = torch.arange(s - t, s, device=q.device)[:, None] - distances

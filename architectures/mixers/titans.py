@@ -63,7 +63,7 @@ class Args(mixer.Args):
     memory_width: int | None = 64
     mini_batch: int = 16
     conv: int = 4
-    base_lr: float = 0.1
+    base_lr: float = 0.02
 
     def check(self, config: DecoderConfig) -> None:
         sizes = dict(heads=self.heads, head_dim=self.head_dim, window=self.window, memory_width=self.memory_width)
