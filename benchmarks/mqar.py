@@ -3,8 +3,8 @@
     python benchmarks/mqar.py --out benchmarks/results/mqar-h200.csv --minutes 9 --jobs 5 --each 8
     python benchmarks/mqar.py --table benchmarks/results/mqar-h200.csv
 
-Run it until nothing is left to do: first one seed of each, where that fails at a lower learning rate too, then the other
-seeds at the better one.
+Run it until nothing is left to do: first one seed of each, where that fails at a lower learning rate too, then the
+other seeds at the better one.
 
 A row is 256 tokens: 32 pairs `key value`, then each key once more at a random later place, where its value is asked
 for; the tokens between are noise. Example, with 2 pairs: `k1 v1 k2 v2 . k2 . . k1 .`, asked: v2 after the second k2, v1
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import json
 import math
 import multiprocessing
 import time
@@ -317,7 +318,8 @@ def write(out: Path, lines: list[dict[str, Any]], mode: str = "a", fields: Seque
 
 
 def table(path: Path) -> str:
-    """One row per mixer: accuracy (mean and worst seed) by width, at the better rate; state, speed."""
+    """One row per mixer: accuracy (mean and worst seed) by width, at the better rate; state, speed, literature."""
+    said = json.loads(Path(__file__).with_name("mqar_literature.json").read_text())
     speeds = {row["mixer"]: float(row["tokens_per_s"]) for row in read(speed_path(path))}
     groups: dict[str, dict[int, dict[float, list[dict[str, str]]]]] = defaultdict(lambda: defaultdict(dict))
     for row in read(path):
@@ -331,11 +333,11 @@ def table(path: Path) -> str:
             found = [float(row["accuracy"]) for row in best]
             cells.append(f"{mean(found):.3f} ({min(found):.3f})" if found else "")
             cells.append(best[0]["state_bytes"] if found else "")
-        rows.append((*cells, f"{speeds[mixer] / 1e6:.2f}" if mixer in speeds else ""))
+        rows.append((*cells, f"{speeds[mixer] / 1e6:.2f}" if mixer in speeds else "", said.get(mixer, "")))
     header = ["mixer"]
     for width in WIDTHS:
         header += [f"accuracy at width {width}: mean (worst)", "state, bytes"]
-    return markdown((*header, "training, million tokens/s"), rows)
+    return markdown((*header, "training, million tokens/s", "what is said of it"), rows)
 
 
 def speed_path(path: Path) -> Path:

@@ -61,11 +61,13 @@ def differentiable(
 
 
 def register(name: str, schema: str, function: Function, changed: Sequence[str] = ()) -> Any:
-    """The op zoo::`name`(schema), without a gradient, that overwrites the arguments `changed`."""
+    """The op zoo::`name`(schema), without a gradient, that overwrites the arguments `changed`; () returns nothing."""
 
     def filled(*args: Any) -> Any:
         found, x = function(*args), _first(args)
-        return found if isinstance(found, Tensor) else type(found)(x.new_empty(0) if y is None else y for y in found)
+        if found is None or isinstance(found, Tensor):
+            return found
+        return type(found)(x.new_empty(0) if y is None else y for y in found)
 
     def on_device(*args: Any) -> Any:
         """Triton launches on the current device, which need not be that of the tensors."""

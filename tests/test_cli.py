@@ -26,6 +26,7 @@ VERBS = {
     "eval": {"MODEL", "--tasks", "--teacher", "--data", "--lengths", "--samples", "--out", "--json"},
     "generate": {"MODEL", "PROMPT", "--max-new-tokens", "--temperature", "--top-p", "--seed"},
     "bench": {"KERNELS", "--op", "--against", "--out", "--tune", "--dtype", "--direction", "--jobs"},
+    "calibrate": {"MODEL", "--method", "--data", "--out", "--args", "--samples", "--length"},
     "card": {"NAME", "--check"},
     "demo": {"--out"},
 }

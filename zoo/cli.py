@@ -90,16 +90,19 @@ def convert(
     mixer: Annotated[str | None, typer.Option(help="Mixer for every layer that is not kept.")] = None,
     layout: Annotated[str | None, typer.Option(help='Mixer per layer: "gated_delta_net*3,attention".')] = None,
     keep: Annotated[str | None, typer.Option(help="Layers that keep their attention: 2,5,8,11.")] = None,
+    keep_heads: Annotated[
+        list[str] | None, typer.Option(help="Heads of a layer that keep theirs: 11:0,2. May be repeated.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and write nothing.")] = False,
 ) -> None:
     """Swap the attention layers of a checkpoint for other mixers."""
     if (mixer is None) == (layout is None):
         raise ZooError("convert needs one of --mixer M and --layout L; pass exactly one of them")
-    kept = integers("--keep", keep) or []
+    kept, heads = integers("--keep", keep) or [], heads_by_layer("--keep-heads", keep_heads or [])
     quiet()
     from zoo.conversion.core.convert import convert as run
 
-    report = run(source, out, mixer=mixer, keep=kept, layout=layout, dry_run=dry_run)
+    report = run(source, out, mixer=mixer, keep=kept, keep_heads=heads, layout=layout, dry_run=dry_run)
     if dry_run:
         show_table(("target", "operation", "sources", "shape"), [plan_row(row) for row in report.plan.rows])
         return
@@ -181,6 +184,26 @@ def generate(
 
 
 @app.command()
+def calibrate(
+    model: Annotated[str, typer.Argument(help="Registered name, directory or hub id.")],
+    method: Annotated[str, typer.Option(help="Training-free method that is calibrated: minference.")],
+    data: Annotated[str, typer.Option(help="Text file (.txt, .md or .xz) with the samples.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="File to write; it must not exist.")],
+    args: Annotated[str, typer.Option(help='Options of the method, as JSON: {"budget": 0.1}.')] = "{}",
+    samples: Annotated[int, typer.Option(help="Windows of text.")] = 4,
+    length: Annotated[int, typer.Option(help="Tokens of a window.")] = 2048,
+) -> None:
+    """Find what a training-free method needs to know about each layer of a model."""
+    options = parse_json("--args", args)
+    quiet()
+    from zoo.commands.calibrate import run
+
+    written = run(model, method, data, out, args=options, samples=samples, length=length)
+    layers = written["layers"]
+    print(f"wrote {out}: {method} in {sum(layer is not None for layer in layers)} of {len(layers)} layers")
+
+
+@app.command()
 def card(
     name: Annotated[str | None, typer.Argument(help="A card's name, or README; all of them when left out.")] = None,
     check: Annotated[bool, typer.Option("--check", help="Write nothing; exit 1 when a table is stale.")] = False,
@@ -251,6 +274,29 @@ def integers(option: str, text: str | None) -> list[int] | None:
         return [int(part) for part in text.split(",") if part.strip()]
     except ValueError:
         raise ZooError(f"{option} was {text!r}; it must be integers with commas between them, like 2,5,8") from None
+
+
+def heads_by_layer(option: str, texts: list[str]) -> dict[int, list[int]]:
+    found: dict[int, list[int]] = {}
+    for text in texts:
+        layer, colon, heads = text.partition(":")
+        numbers = [number.strip() for number in heads.split(",")]
+        if not colon or not all(number.isdecimal() for number in (layer.strip(), *numbers)):
+            raise ZooError(f"{option} was {text!r}; it must be a layer and heads of it, like 11:0,2")
+        if int(layer) in found:
+            raise ZooError(f"{option} names layer {int(layer)} twice; name its heads together, like {int(layer)}:0,2")
+        found[int(layer)] = [int(number) for number in numbers]
+    return found
+
+
+def parse_json(option: str, text: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise ZooError(f'{option} was {text!r}; it must be a JSON object, like {{"budget": 0.1}}')
+    return found
 
 
 def names_in(text: str | None) -> list[str] | None:

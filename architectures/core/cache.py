@@ -56,6 +56,7 @@ class LayerCache(CacheLayerMixin):
         self.padded = False  # some call had padding: cached keys need positions
         self.gaps = False  # some padding lies behind real tokens, not only before the first
         self.record_past = False
+        self.unrectified = 0  # last tokens that were decoded with few keys, of a model that rectifies these
         self.notes: dict[str, Any] = {}  # what a method derives from the cached keys; dropped when these change
         self._states: dict[str, _State] = {}
         self._snapshot: _Snapshot | None = None
@@ -167,6 +168,7 @@ class LayerCache(CacheLayerMixin):
         if n == 0:
             return
         self.notes.clear()
+        self.unrectified = max(0, self.unrectified - n)
         if self._only_keys():
             self._crop_keys(n)
         elif snapshot is None or n > snapshot.tokens:
@@ -178,6 +180,21 @@ class LayerCache(CacheLayerMixin):
                 recording, self.record_past = self.record_past, False
                 snapshot.replay(kept)
                 self.record_past = recording
+
+    def rewind(self, tokens: int) -> None:
+        """Go back before the last `tokens` tokens, which are to be fed again at once; also in a static cache.
+
+        Raises:
+            RuntimeError: the layer keeps more than keys and values, which cannot be taken back.
+        """
+        if any(s.kind != "kv" for s in self._states.values()):
+            raise RuntimeError("only keys and values can be taken back, and a layer of this cache keeps a state")
+        self._snapshot = None
+        self.notes.clear()
+        if isinstance(self.cumulative_length, int):
+            self._crop_keys(tokens)
+        else:
+            self.cumulative_length.sub_(tokens)
 
     def _crop_keys(self, n: int) -> None:
         length = self._host_length() - n
@@ -222,6 +239,7 @@ class LayerCache(CacheLayerMixin):
 
     def reset(self) -> None:
         self.started = self.padded = self.gaps = False
+        self.unrectified = 0
         self._snapshot = None
         self.notes.clear()
         if isinstance(self.cumulative_length, int):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from zoo import registry
 from zoo.architectures.core import formats
+from zoo.architectures.core.checkpoint import read_json
 from zoo.architectures.core.hub import TOKENIZER_FILES, one_line, resolve
 from zoo.architectures.core.rules import inverse, steps
 from zoo.architectures.core.shards import Spec, atomic_directory, write_json, write_tensors
@@ -20,6 +22,7 @@ from zoo.errors import ZooError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from zoo.architectures.core.methods import Choice
     from zoo.architectures.core.modeling import ZooForCausalLM
     from zoo.architectures.core.zoo_config import ZooConfig
 
@@ -40,26 +43,86 @@ class Deferred:
         return self.dtype.is_floating_point
 
 
-def from_pretrained(name_or_path: str | Path, **kwargs: Any) -> ZooForCausalLM:
+def from_pretrained(
+    name_or_path: str | Path,
+    *,
+    attention: str | Path | None = None,
+    attention_args: Mapping[str, Any] | None = None,
+    dense_layers: Sequence[int] = (),
+    **kwargs: Any,
+) -> Any:
     """A model with the weights of `name_or_path`.
 
     Args:
         name_or_path: a released checkpoint, a directory (ours or of a supported published format), or a hub id.
+        attention: a training-free method to attend by: its mixer's name, a file of `zoo calibrate`, or one for
+            prefill and one for decode (`"xattention+quest"`). A checkpoint that is not ours, of any softmax model
+            that transformers knows, then keeps transformers' class.
+        attention_args: options of the method; of two methods, by the names of the methods.
+        dense_layers: layers that keep their attention.
         **kwargs: as in transformers: `dtype` (default: that of the checkpoint), `device_map`, `attn_implementation`,
             `revision`, `token`, `cache_dir`, `local_files_only`, `subfolder`, ...
 
+    Returns:
+        A `ZooForCausalLM` (`ZooForMaskedLM`), or with `attention` transformers' own class.
+
     Raises:
-        ZooError: nothing of that name, an unsupported or corrupt checkpoint, or weights that do not fit the config.
+        ZooError: nothing of that name, an unsupported or corrupt checkpoint, weights that do not fit the config, or a
+            method that does not fit the model.
     """
+    from zoo.architectures.core.methods import Choice
+
+    if attention is None and (attention_args or dense_layers):
+        raise ZooError("attention_args and dense_layers are about a method; name it with attention=")
+    choice = None if attention is None else Choice.parse(attention, attention_args, dense_layers)
     where = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
     path = resolve(name_or_path, **where)
-    canonical = formats.read(path)
-    model, info = _load(canonical, path, kwargs)
+    if choice is not None and read_json(path / "config.json", "config").get("model_type") != "zoo":
+        model = _foreign(path, choice, kwargs)
+    else:
+        canonical = formats.read(path)
+        model, info = _load(canonical if choice is None else _swapped(canonical, choice), path, kwargs)
+        _check_loaded(path, info)
+    model.config._name_or_path = str(name_or_path)
+    return model
+
+
+def _check_loaded(path: Path, info: Mapping[str, Any]) -> None:
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
         if info.get(what):
             first = min(map(str, info[what]))
             raise ZooError(f"{path}: {what.replace('_', ' ')}: {first}; the weights do not fit the config")
-    model.config._name_or_path = str(name_or_path)
+
+
+def _swapped(canonical: formats.Canonical, choice: Choice) -> formats.Canonical:
+    """Our checkpoint with the methods' mixers, which have the weights of `attention`."""
+    layers = choice.swapped(canonical.decoder).to_dict()["layers"]
+    config = type(canonical.config).from_dict({**canonical.config.to_dict(), "layers": layers})
+    return replace(canonical, config=config)
+
+
+def _foreign(path: Path, choice: Choice, kwargs: Mapping[str, Any]) -> Any:
+    """A model of transformers' own class that attends by `choice`."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from zoo.architectures.core import foreign
+
+    try:
+        config = AutoConfig.from_pretrained(path, local_files_only=True)
+        cls = AutoModelForCausalLM._model_mapping[type(config)]
+    except (KeyError, ValueError, OSError) as error:
+        raise ZooError(
+            f"transformers has no language model for {path} ({one_line(error)}); zoo.save makes it ours first"
+        ) from None
+    foreign.check(config, cls, choice)
+    dtype = kwargs.get("torch_dtype") or kwargs.get("dtype") or "auto"
+    options = {name: value for name, value in kwargs.items() if name not in ("torch_dtype", "dtype")}
+    try:
+        model, info = cls.from_pretrained(path, config=config, dtype=dtype, output_loading_info=True, **options)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ZooError(f"{path} cannot be loaded: {one_line(error)}") from None
+    _check_loaded(path, info)
+    foreign.attach(model, choice)
     return model
 
 

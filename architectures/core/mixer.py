@@ -103,6 +103,7 @@ class Part(nn.Module):
     phase_consistent: ClassVar[bool] = True  # prefill + decode compute the same function as one forward
     encoder_only: ClassVar[bool] = False  # sees tokens to come: for masked language models alone
     bidirectional: ClassVar[bool] = False  # a mixer that can also see tokens to come, when `ctx.causal` is False
+    chooses: ClassVar[bool] = False  # which tokens it reads is a choice that rounding can turn
 
     @classmethod
     def parse(cls, args: Mapping[str, Any]) -> Any:

@@ -30,8 +30,9 @@ from zoo.architectures.core.block import Block
 from zoo.architectures.core.decoder import Batch, Decoder, encoder_only, prepare_cache
 from zoo.architectures.core.mixer import Part, Phase
 from zoo.architectures.core.norms import OnePlusRMSNorm
+from zoo.architectures.core.rectify import rectify_decoded
 from zoo.architectures.core.recurrent import ConvStates
-from zoo.architectures.core.rope import RotaryTable
+from zoo.architectures.core.rope import RotaryTable, turns_change
 from zoo.architectures.core.zoo_config import ZooConfig
 
 
@@ -190,6 +191,28 @@ class ZooForCausalLM(_Head, GenerationMixin):
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss, logits=logits, past_key_values=out.past_key_values, hidden_states=out.hidden_states
+        )
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        next_sequence_length: int | None = None,
+        past_key_values: Cache | None = None,
+        attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """As in transformers, after rectifying what the cache holds of decoded tokens, where a layer wants that.
+
+        Where a text outgrows the short frequencies of a `longrope`, the cache is filled anew with the long ones.
+        """
+        if past_key_values is not None and next_sequence_length is not None:
+            first, call = kwargs.get("is_first_iteration", False), (input_ids, next_sequence_length, attention_mask)
+            rectify_decoded(self, past_key_values, *call, continued=bool(first))
+            if turns_change(self.model.ropes.values(), past_key_values, *call):
+                past_key_values.reset()
+                next_sequence_length = None  # the whole text again
+        return super().prepare_inputs_for_generation(
+            input_ids, next_sequence_length, past_key_values, attention_mask, **kwargs
         )
 
 

@@ -15,7 +15,8 @@ class AttentionSpec:
     """Softmax attention as a mixer finds it in a source: what `from_attention` may depend on.
 
     `args` are the attention mixer's own arguments (heads, kv_heads, head_dim, biases, qk_norm, rope, window, ...);
-    `max_position` is the length the source was trained for, in tokens.
+    `max_position` is the length the source was trained for, in tokens; `wanted` are options that the user sets on the
+    mixer to be made, for those whose new tensors depend on them.
     """
 
     hidden_size: int
@@ -32,6 +33,7 @@ class AttentionSpec:
     norm_eps: float = 1e-6
     max_position: int = 2048
     args: Mapping[str, Any] = field(default_factory=dict)
+    wanted: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def group(self) -> int:

@@ -94,32 +94,46 @@ class SoftmaxAttention(Mixer):
 
     def queries(self, x: Tensor, ctx: Context) -> tuple[Tensor, Tensor | None]:
         """`x [B, T, D]` to queries `[B, T, H, K]` and the logits of the output gate `[B, T, H K]`, if there is one."""
+        q, gate = self.plain_queries(x)
+        return self.rotated_queries(q, ctx), gate
+
+    def keys_values(self, x: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
+        """`x [B, T, D]` to keys and values `[B, T, G, K]` of the new tokens."""
+        return self.rotated(self.plain_keys(x), "k_norm", ctx), grouped(self.v_proj(x), self.kv_heads)
+
+    def plain_queries(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Queries `[B, T, H, K]` before RoPE, and the logits of the output gate."""
         q, gate = self.q_proj(x), None
         if self.args.output_gate:
             q, gate = (part.flatten(-2) for part in grouped(q, self.heads).chunk(2, dim=-1))
-        q = self._turned(q, "q_norm", self.heads, ctx)
+        return self._normed(q, "q_norm", self.heads), gate
+
+    def rotated_queries(self, q: Tensor, ctx: Context) -> Tensor:
+        """Queries `[B, T, H, K]` from those before RoPE."""
+        q = self.rotated(q, "q_norm", ctx)
         if self.args.temperature is not None:
             floor, scale = self.args.temperature
             steps = torch.log1p(torch.floor((ctx.positions.float() + 1.0) / floor)) * scale + 1.0
             q = q * steps[..., None, None].to(q.dtype)
-        return q, gate
+        return q
 
-    def keys_values(self, x: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
-        """`x [B, T, D]` to keys and values `[B, T, G, K]` of the new tokens."""
-        return self._turned(self.k_proj(x), "k_norm", self.kv_heads, ctx), grouped(self.v_proj(x), self.kv_heads)
+    def plain_keys(self, x: Tensor) -> Tensor:
+        """Keys `[B, T, G, K]` before RoPE."""
+        return self._normed(self.k_proj(x), "k_norm", self.kv_heads)
 
-    def _turned(self, x: Tensor, name: str, heads: int, ctx: Context) -> Tensor:
-        """`[B, T, heads K]` to `[B, T, heads, K]` after qk-norm and RoPE."""
-        full, after = self.args.qk_norm_full, self.args.qk_norm_after_rope
-        norm = None if self.args.qk_norm is None else getattr(self, name)
-        if norm is not None and full:
-            x = norm(x)
-        x = grouped(x, heads)
-        if norm is not None and not full and not after:
-            x = norm(x)
+    def _normed(self, x: Tensor, name: str, heads: int) -> Tensor:
+        """`[B, T, heads K]` to `[B, T, heads, K]` after the qk-norm that stands before RoPE."""
+        if self.args.qk_norm is None or (self.args.qk_norm_after_rope and not self.args.qk_norm_full):
+            return grouped(x, heads)
+        norm = getattr(self, name)
+        return grouped(norm(x), heads) if self.args.qk_norm_full else norm(grouped(x, heads))
+
+    def rotated(self, x: Tensor, name: str, ctx: Context) -> Tensor:
+        """`[B, T, heads, K]` after RoPE and the qk-norm `name`, where that stands after it."""
         if self.args.rope is not None:
             x = apply_rope(x, ctx.ropes[self.args.rope], self.pairing)
-        return norm(x) if norm is not None and not full and after else x
+        after = self.args.qk_norm is not None and self.args.qk_norm_after_rope and not self.args.qk_norm_full
+        return getattr(self, name)(x) if after else x
 
     def forward(self, x: Tensor, ctx: Context, cache: LayerCache | None = None) -> Output:
         """`x [B, T, D] -> [B, T, D]`, and what the mixer writes for later layers."""

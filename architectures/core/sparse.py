@@ -119,9 +119,13 @@ class Method:
     def __call__(self, view: View) -> Tensor:
         phase = "decode" if view.decoding else "prefill"
         if phase not in self.phases:
+            self.observe(view)
             dense: Tensor = view.dense()
             return dense
         return self.decode(view) if view.decoding else self.prefill(view)
+
+    def observe(self, view: View) -> None:
+        """Called with every call that is not this method's to answer: what it notes must follow the cache."""
 
     def prefill(self, view: View) -> Tensor:
         """`[B, T, H, K]` for several queries."""
@@ -170,6 +174,21 @@ class SparseArgs(SoftmaxArgs):
             raise ZooError(str(error)) from None
 
 
+def keep_projections(options: type[mixer.Args], spec: AttentionSpec, heads: tuple[int, ...] | None) -> MixerPlan:
+    """The plan of a mixer with attention's projections and those of its options that `options` has too.
+
+    Raises:
+        ZooError: attention has an option that the mixer has not.
+    """
+    if heads is not None:
+        raise ZooError("sparse attention keeps all heads of a layer; heads cannot be chosen")
+    known = {option.name for option in fields(options)}
+    if unmet := [name for name, value in spec.args.items() if value and name not in known]:
+        raise ZooError(f"attention has {unmet[0]}, which attention over chosen keys cannot take over; keep it")
+    args = {name: value for name, value in spec.args.items() if name in known}
+    return MixerPlan(args=args, rows=attention_rows(spec), inits=())
+
+
 class SparseAttention(SoftmaxAttention):
     """A mixer whose attention is `method`'s."""
 
@@ -193,13 +212,7 @@ class SparseAttention(SoftmaxAttention):
 
     @classmethod
     def from_attention(cls, spec: AttentionSpec, heads: tuple[int, ...] | None = None) -> MixerPlan:
-        if heads is not None:
-            raise ZooError("sparse attention keeps all heads of a layer; heads cannot be chosen")
-        known = {option.name for option in fields(cls.options)}
-        if unmet := [name for name, value in spec.args.items() if value and name not in known]:
-            raise ZooError(f"attention has {unmet[0]}, which attention over chosen keys cannot take over; keep it")
-        args = {name: value for name, value in spec.args.items() if name in known}
-        return MixerPlan(args=args, rows=attention_rows(spec), inits=())
+        return keep_projections(cls.options, spec, heads)
 
     def visible(self, x: Tensor, ctx: Context, cache: LayerCache | None) -> Keys:
         return super().visible(x, ctx, cache)._replace(cache=cache)
@@ -226,5 +239,5 @@ def view_of(q: Tensor, keys: Keys, ctx: Context, scale: float | None) -> View:
     if cache is not None and cache.gaps:  # move the keys together: each to the place of its position
         order = at.sort(dim=1, stable=True).indices[..., None, None]
         k, v = k.gather(1, order.expand_as(k)), v.gather(1, order.expand_as(v))
-        return View(q, k, v, q_positions=places, **call)
+        return View(q, k, v, q_positions=places, **call | {"notes": None})
     return View(q, k, v, q_positions=places, starts=(at < UNSEEN).int().argmax(1), **call)

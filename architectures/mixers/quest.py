@@ -3,7 +3,7 @@
     bound(q, page) = sum over d of max(q_d M_d, q_d m_d)     M, m the largest and smallest k_d of the page
 
 No key of a page scores more than its bound. The pages of the highest bounds are read, the newest one always; query
-heads that share a KV head share pages. Prefill is dense.
+heads that share a KV head share pages. Prefill is dense. The cache notes the bounds of each page.
 
 B batch, S keys, H query heads, G KV heads, K head dimension.
 """
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from zoo.architectures.core.pages import Pages
 from zoo.architectures.core.sparse import Method, SparseArgs, SparseAttention, View
 from zoo.errors import ZooError
 
@@ -41,16 +42,26 @@ class Quest(Method):
     phases = ("decode",)
     name = "quest"
 
+    def __init__(self, args: Args) -> None:
+        super().__init__(args)
+        self.pages = Pages(args.page)
+
+    def observe(self, view: View) -> None:
+        self.pages.follow(view)
+
     def decode(self, view: View) -> Tensor:
-        sizes = dict(query_block=1, block=self.args.page)
-        blocks, counts = view.select(self.args.schedule, score="bounds", **sizes)
-        o: Tensor = view.attend(blocks, counts, **sizes)
+        blocks, counts = self.pages.select(view, view.q, self.args.schedule, scale=view.scale)
+        o: Tensor = view.attend(blocks, counts, query_block=1, block=self.args.page)
         return o
 
 
 class QuestAttention(SparseAttention):
     options = Args
     method = Quest
+
+    def state_bytes(self, length: int, itemsize: int = 2) -> int:
+        noted: int = self.rule.pages.bytes(length, self.kv_heads, self.head_dim, itemsize)
+        return super().state_bytes(length, itemsize) + noted
 
 
 MODULE = QuestAttention

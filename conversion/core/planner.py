@@ -21,6 +21,8 @@ from zoo.architectures.core.rules import Step
 from zoo.architectures.core.zoo_config import ZooConfig
 from zoo.errors import ZooError
 
+HEAD_HYBRID = "head_hybrid"  # the mixer of a layer of which some heads are kept
+
 
 @dataclass(frozen=True)
 class Swap:
@@ -119,12 +121,13 @@ def choose(
     mixer_args: Mapping[str, Any] | None,
     layout: str | None,
     keep: Sequence[int],
+    keep_heads: Mapping[int, Sequence[int]] | None = None,
 ) -> dict[int, Swap]:
     """The swaps that a user's arguments ask for, by layer.
 
     Raises:
-        ZooError: both or neither of mixer and layout, layers to keep that do not exist, or a layer to swap that is not
-            softmax attention.
+        ZooError: both or neither of mixer and layout, layers to keep that do not exist, a layer to swap that is not
+            softmax attention, or heads to keep in a layer that is not swapped.
     """
     depth = len(decoder.layers)
     if (mixer is None) == (layout is None):
@@ -139,6 +142,11 @@ def choose(
         if found != "attention":
             raise ZooError(f"layer {index} is {found}, not attention, and cannot become {name}; keep it")
         swaps[index] = Swap(name, args)
+    for index, heads in (keep_heads or {}).items():
+        if index not in swaps:
+            raise ZooError(f"keep_heads names layer {index}, which is not converted; it converts {list(swaps)}")
+        swap = swaps[index]
+        swaps[index] = Swap(HEAD_HYBRID, {"kept": list(heads), "mixer": swap.mixer, "mixer_args": dict(swap.args)})
     return swaps
 
 
@@ -161,7 +169,7 @@ def build_plan(source: Canonical, swaps: Mapping[int, Swap], seed: int = 0) -> P
     plans = {index: _mixer_plan(source.decoder, index, swap) for index, swap in swaps.items()}
     layers = list(source.decoder.layers)
     for index, swap in swaps.items():
-        layers[index] = replace(layers[index], mixer=swap.mixer, mixer_args={**plans[index].args, **swap.args})
+        layers[index] = replace(layers[index], mixer=swap.mixer, mixer_args=overridden(plans[index].args, swap.args))
     decoder = replace(source.decoder, layers=tuple(layers))
     config = _config(source, decoder, swaps)
     rows = tuple(_rows(source, plans))
@@ -186,16 +194,44 @@ def attention_spec(decoder: DecoderConfig, index: int) -> AttentionSpec:
 
 
 def _mixer_plan(decoder: DecoderConfig, index: int, swap: Swap) -> MixerPlan:
-    spec = attention_spec(decoder, index)
+    spec = replace(attention_spec(decoder, index), wanted=swap.args)
     module = registry.get("mixers", swap.mixer, "MODULE")
     unmet = [name for name in UNTRANSFERRED if spec.args.get(name)]
     if unmet and not module.keeps_softmax:
         raise ZooError(f"layer {index} has attention with {unmet[0]}, which {swap.mixer} cannot take over; keep it")
     try:
         plan: MixerPlan = module.from_attention(spec)
+        return _fitted(plan, decoder, swap) if swap.args else plan
     except ZooError as error:
         raise ZooError(f"layer {index}: {error}") from None
-    return plan
+
+
+def _fitted(plan: MixerPlan, decoder: DecoderConfig, swap: Swap) -> MixerPlan:
+    """`plan` without the parameters that the user's arguments take away, and with the shapes that they give."""
+    usual = _shapes(swap.mixer, decoder, plan.args)
+    shapes = _shapes(swap.mixer, decoder, overridden(plan.args, swap.args))
+    gone = set(usual) - set(shapes)
+    inits = (
+        replace(init, shape=shapes.get(init.target, init.shape)) if init.kind != "values" else init
+        for init in plan.inits
+        if init.target not in gone
+    )
+    return replace(plan, rows=tuple(row for row in plan.rows if row.target not in gone), inits=tuple(inits))
+
+
+def _shapes(mixer: str, decoder: DecoderConfig, args: Mapping[str, Any]) -> dict[str, Sequence[int]]:
+    cls = registry.get("mixers", mixer, "MODULE")
+    with torch.device("meta"):
+        return {name: tensor.shape for name, tensor in cls(decoder, cls.parse(args)).state_dict().items()}
+
+
+def overridden(args: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """`args` with what the user has `given`, also inside arguments that are mappings."""
+    merged = dict(args)
+    for name, value in given.items():
+        nested = isinstance(value, Mapping) and isinstance(merged.get(name), Mapping)
+        merged[name] = overridden(merged[name], value) if nested else value
+    return merged
 
 
 def _config(source: Canonical, decoder: DecoderConfig, swaps: Mapping[int, Swap]) -> ZooConfig:

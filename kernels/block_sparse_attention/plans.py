@@ -40,7 +40,7 @@ class Layout:
             starts, firsts = call.starts, call.q_positions
             if firsts is not None:
                 firsts = _small(firsts[..., 0].expand(b))
-            return cls(None if starts is None else starts.int(), firsts, *[None] * 5, count)
+            return cls(None if starts is None else starts.int(), firsts, None, None, None, None, None, count)
         sides = (_blocks(ends, size, n) for size, n in ((call.query_block, query_blocks(tq, call.query_block, ends)),
                                                         (call.block, count)))  # fmt: skip
         (q_owners, q_firsts), (k_owners, k_firsts) = sides
@@ -144,7 +144,7 @@ class Inverse:
             first = first + plan.layout.k_firsts[plan.layout.q_owners].view(1, 1, -1, 1, 1)
         blocks = _by_block(plan.lists, each) + first
         ordered, order = blocks.masked_fill(_by_block(unread, each), total).flatten().sort(stable=True)
-        bounds = torch.searchsorted(ordered, torch.arange(total + 1, device=device, dtype=dtype))
+        bounds = torch.searchsorted(ordered, torch.arange(total + 1, device=device, dtype=dtype), out_int32=True)
         bias = None if plan.bias is None else _by_block(plan.bias, each).flatten()[order]
         return cls(bounds, (order // s % (count * each)).int(), bias)
 

@@ -6,15 +6,17 @@ each key head; Nq query blocks, R of a slice, M queries of a block; Nk key block
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from zoo.kernels import checks
+from zoo.kernels.block_sparse_attention import triton_launch, triton_select
 from zoo.kernels.block_sparse_attention.budget import BudgetSchedule
 from zoo.kernels.block_sparse_attention.rows import Rows, place_queries, query_blocks
-from zoo.kernels.block_sparse_attention.scores import SCORES, estimate, pool_keys, pool_queries
+from zoo.kernels.block_sparse_attention.scores import check_pooled, check_score, estimate, pool_keys, pool_queries
 from zoo.kernels.block_sparse_attention.validate import check_size, check_tokens
 
 LIMIT = 1 << 24  # estimates at a time
@@ -52,7 +54,7 @@ def select_blocks(
     q_positions: Tensor | None = None, starts: Tensor | None = None, scale: float | None = None,
     cu_seqlens: Tensor | None = None, pooled: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The key blocks that each query block should attend, best first.
+    """The key blocks that each query block should attend, in ascending order.
 
     With `causal`, blocks that begin after the last query of a query block are never listed, and those that hold its
     queries (its own) only by `local`: "mean" and "bounds" do not score them, as they may hold keys to come.
@@ -67,7 +69,7 @@ def select_blocks(
         local: the own blocks and local - 1 before them are listed (without `causal` also after them); 0 lists none.
         sink: the first `sink` blocks are listed.
         pooled: `pool_keys` of the keys with this score and pieces of `block` (of "antidiagonal": `stride`) tokens,
-            where it is known already; k then gives its shape alone.
+            where it is known already, in fp32 (fp64) or q's dtype; k then gives its shape alone.
 
     Returns:
         blocks [B, Hs, Nq, S] and counts [B, Hs, Nq], int32; Hs is Hk or H; entries beyond the counts are -1.
@@ -81,15 +83,24 @@ def select_blocks(
     budget = BudgetSchedule(fixed=budget) if isinstance(budget, int) else budget
     check_tokens(q, k, q_positions, starts, cu_seqlens)
     _check(made, budget)
-    if score not in SCORES:
-        raise ValueError(f"score is {score!r}; it must be one of {', '.join(SCORES)}")
+    check_score(score)
     factor = checks.default_scale(scale, q) / (stride if score == "antidiagonal" else 1)
     if score == "bounds" and factor <= 0:
         raise ValueError(f"scale is {factor}; bounds need it to be positive")
+    if not k.shape[1]:
+        return _nothing(q, q.shape[2] if heads == "query" else k.shape[2], query_block, cu_seqlens)
+    if pooled is not None:
+        check_pooled(pooled, k, score, made.piece, query_blocks(k.shape[1], made.piece, cu_seqlens))
     with checks.autocast_off(q):
+        if triton_select.supports(q, k, made, pooled, cu_seqlens is not None) is None:
+            numbers, entries, options = _options(q, k, budget, made)
+            tensors, each = (q, k, pooled, q_positions, starts, cu_seqlens, numbers), heads == "query"
+            sizes = (query_block, stride, entries, factor)
+            blocks, counts = triton_select.SELECT(*tensors, score, each, *sizes, *options)
+            return _trim(blocks, counts, budget)
         if pooled is None:
             pooled = pool_keys(k, size=made.piece, score=score, starts=starts, cu_seqlens=cu_seqlens)
-        _check_pooled(pooled, k, made, cu_seqlens)
+        pooled = pooled.to(checks.state_dtype(q.dtype))
         found, places = place_queries(q, k, query_block, q_positions, starts, cu_seqlens)
         first, lengths = _sequences(found, k, made.piece, starts, cu_seqlens)
         slices = [
@@ -125,6 +136,13 @@ def choose_blocks(
     checks.check_shape("weights", weights, None, "B Hs Nq Nk")
     shape = (q.shape[0], weights.shape[1], query_blocks(q.shape[1], query_block, cu_seqlens), -(-k.shape[1] // block))
     checks.check_gate("weights", weights, q, shape, "B Hs Nq Nk")
+    if not k.shape[1]:
+        return _nothing(q, shape[1], query_block, cu_seqlens)
+    if shape[3] <= triton_select.LONGEST and triton_launch.reason(weights) is None:
+        numbers, entries, options = _options(q, k, budget, made)
+        tensors = (weights, q, q_positions, starts, cu_seqlens, numbers)
+        blocks, counts = triton_select.CHOOSE(*tensors, k.shape[1], query_block, entries, *options)
+        return _trim(blocks, counts, budget)
     found, places = place_queries(q, k, query_block, q_positions, starts, cu_seqlens)
     lengths = _sequences(found, k, block, starts, cu_seqlens)[1]
     return _trim(*_choose(weights[:, :, None], places, lengths, budget, made), budget)
@@ -135,6 +153,12 @@ def refine(blocks: Tensor, counts: Tensor | None, factor: int) -> tuple[Tensor, 
     check_size("factor", factor, 1)
     parts = torch.arange(factor, device=blocks.device, dtype=blocks.dtype)
     return (blocks[..., None] * factor + parts).flatten(-2), None if counts is None else counts * factor
+
+
+def _nothing(q: Tensor, heads: int, size: int, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The lists of packed sequences that have no token."""
+    counts = q.new_zeros(1, heads, query_blocks(0, size, cu_seqlens), dtype=torch.int32)
+    return counts.new_full((*counts.shape, 1), -1), counts
 
 
 def _trim(blocks: Tensor, counts: Tensor, budget: BudgetSchedule) -> tuple[Tensor, Tensor]:
@@ -159,10 +183,27 @@ def _check(made: Selection, budget: object) -> None:
         )
 
 
-def _check_pooled(pooled: Tensor, k: Tensor, made: Selection, cu_seqlens: Tensor | None) -> None:
-    b, tk, hk, width = k.shape
-    width *= {"mean": 1, "bounds": 2, "antidiagonal": made.stride}[made.score]
-    checks.check_gate("pooled", pooled, k, (b, query_blocks(tk, made.piece, cu_seqlens), hk, width), "B n Hk F")
+def _entries(budget: BudgetSchedule, made: Selection, count: int) -> int:
+    """The length of lists of `count` blocks."""
+    forced = made.sink + made.local + (made.query_block + made.block - 2) // made.block
+    forced += 0 if made.causal else made.local
+    return max(1, min(max(budget.width(count), forced), count))
+
+
+def _options(q: Tensor, k: Tensor, budget: BudgetSchedule, made: Selection) -> tuple[Tensor | None, int, Any]:
+    """For the kernels: the budget of every number of visible blocks unless it is fixed or by mass, the length of the
+    lists, and a `triton_select.Choice`."""
+    count, most = -(-k.shape[1] // made.block), budget.most or 1 << 30
+    numbers, fixed = None, 0
+    if budget.fixed is not None:
+        fixed = min(max(budget.fixed, budget.least), most)
+    elif budget.mass is None:
+        visible = torch.arange(count + 1, device=q.device)
+        numbers = budget.counts(visible, visible).int()
+    mass = 0.0 if budget.mass is None else budget.mass * (1 - 1e-9)
+    limits = (fixed, min(budget.least, 1 << 30), min(most, 1 << 30), mass)
+    edges = (min(made.local, 1 << 29), min(made.sink, 1 << 29))
+    return numbers, _entries(budget, made, count), (made.block, count, made.causal, *edges, *limits)
 
 
 def _parts(q: Tensor, k: Tensor, made: Selection, found: Rows) -> Iterator[slice]:
@@ -225,6 +266,7 @@ def _choose(
     last = places.amax(2, keepdim=True)  # [B, R, 1]
     begin, end = places[..., :1] // block, last // block
     there = (number * block < lengths[..., None]) & (last >= 0)
+    there = there & (number <= end) if made.causal else there
     own = (number >= begin) & (number <= end)
     kept = (number > begin - made.local) & (number < end + (1 if made.causal else made.local)) & (made.local > 0)
     kept = there & (kept | (number < made.sink))
@@ -241,7 +283,7 @@ def _choose(
     weights = scores.masked_fill(~scored, 0.0).gather(-1, order)
     visible, forced = there.sum(-1), kept.sum(-1)
     counts = torch.minimum(torch.maximum(budget.counts(visible, weights), forced), visible)
-    width = max(budget.width(count), made.sink + made.local + (made.query_block + block - 2) // block)
-    width += 0 if made.causal else made.local
-    order = order[..., : max(1, min(width, count))]
-    return order.masked_fill(torch.arange(order.shape[-1], device=order.device) >= counts[..., None], -1), counts
+    order = order[..., : _entries(budget, made, count)]
+    order = order.masked_fill(torch.arange(order.shape[-1], device=order.device) >= counts[..., None], count)
+    order = order.sort(-1).values
+    return order.masked_fill(order == count, -1), counts

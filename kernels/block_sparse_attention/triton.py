@@ -1,5 +1,5 @@
-"""Block-sparse attention in Triton. Decoding and lists of single queries and heads have kernels of their own, in
-triton_decode and routed; those of all other calls are in triton_forward and triton_backward.
+"""Block-sparse attention in Triton. Decoding and lists of single queries and heads have launches of their own, in
+triton_decode and routed; the kernels of all other calls are in triton_forward and triton_backward.
 
 Shapes: B batch, Tq queries, Tk keys, H query heads, Hk key heads, K and V head widths; Hs heads of the lists, Nq query
 blocks, S listed blocks, C columns.
@@ -12,16 +12,21 @@ import torch
 from torch import Tensor
 
 from zoo.kernels import custom, launch
+from zoo.kernels.block_sparse_attention import routed, triton_decode
 from zoo.kernels.block_sparse_attention.call import Call
 from zoo.kernels.block_sparse_attention.chunked import ARGUMENTS
 from zoo.kernels.block_sparse_attention.plans import Inverse, Plan, near
 
 FEW = 64  # cells: smaller tiles of queries or keys have launch choices of their own
-PROGRAMS = 1024  # into as many the gradients of columns are split
+PROGRAMS = 1024  # into as many the gradients of columns are split, where each still has
+TOKENS = 512  # queries or more
 LOG2E = 1.4426950408889634
+SPECIAL = (triton_decode, routed)
 
 
 def supports(call: Call) -> str | None:
+    if any(special.supports(call) is None for special in SPECIAL):
+        return None
     q, widths = call.q, (call.q.shape[3], call.v.shape[3])
     if q.dtype == torch.float64:
         return "its kernels compute in fp32 and the inputs are fp64"
@@ -29,10 +34,15 @@ def supports(call: Call) -> str | None:
         return f"K and V go up to 256, and they are {widths[0]} and {widths[1]}"
     if call.scale <= 0:
         return f"its scale must be positive and it is {call.scale}"
+    if call.blocks.numel() >= 1 << 31:
+        return f"its lists may hold less than 2 ** 31 entries, and they hold {call.blocks.numel()}"
     return launch.device_reason(q)
 
 
 def run(call: Call) -> tuple[Tensor, Tensor]:
+    for special in SPECIAL:
+        if special.supports(call) is None:
+            return special.run(call)
     o, lse = OP(*vars(call).values())
     return o, lse
 
@@ -55,7 +65,7 @@ def _backward(given: dict[str, Any], results: list[Tensor], grads: list[Tensor |
     q, k, v, o, lse = (x.contiguous() for x in (call.q, call.k, call.v, *results))
     do, dlse = (None if x is None else x.contiguous() for x in grads)
     do = torch.zeros_like(o) if do is None else do
-    dq, delta = torch.empty_like(q), torch.empty_like(lse)
+    dq, norms, delta = torch.empty_like(q), torch.empty_like(lse), torch.empty_like(lse)
     dk, dv = (torch.empty_like(x, dtype=x.dtype if call.columns is None else torch.float32) for x in (k, v))
     if launch.held():
         dbias = None if call.bias is None else torch.empty_like(call.bias)
@@ -64,13 +74,13 @@ def _backward(given: dict[str, Any], results: list[Tensor], grads: list[Tensor |
         dq.zero_(), dk.zero_(), dv.zero_()
     plan = Plan.of(call)
     dbias = _bias_parts(call)
-    tensors = (q, k, v, *_lists(plan), o, lse, do, dlse, dq, delta, dbias)
+    tensors = (q, k, v, *_lists(plan), o, lse, do, dlse, dq, norms, delta, dbias)
     _start("query_gradients", call, plan, tensors)
     inverse = Inverse.of(call, plan)
-    tensors = (q, k, v, lse, delta, do, inverse.bounds, inverse.owners, inverse.bias, plan.is_column, dk, dv)
+    tensors = (q, k, v, norms, delta, do, inverse.bounds, inverse.owners, inverse.bias, plan.is_column, dk, dv)
     _start_keys("key_gradients", call, plan, tensors)
     if plan.columns is not None:
-        _add_columns(call, plan, (q, k, v, lse, delta, do), dk, dv)
+        _add_columns(call, plan, (q, k, v, norms, delta, do), dk, dv)
     found = {"q": dq, "k": dk.to(k.dtype), "v": dv.to(v.dtype)}
     if dbias is not None and call.bias is not None and plan.places is not None:
         whole = dbias.unflatten(1, (call.blocks.shape[1], -1)).sum((2, 5))
@@ -89,14 +99,15 @@ def _lists(plan: Plan) -> tuple[Tensor | None, ...]:
     return plan.lists, plan.meta, plan.bias, plan.columns, plan.column_counts, plan.is_column
 
 
-def _tile(call: Call, kernel: str) -> tuple[int, dict[str, int]]:
-    """Heads of a tile of queries, and what its kernel is launched with."""
+def _tile(call: Call, kernel: str) -> tuple[int, int, dict[str, int]]:
+    """Heads of a tile of queries, tiles of a query block and all heads, and what their kernel is launched with."""
     heads = call.q.shape[2] // call.blocks.shape[1]
     most = _choice(call, kernel)["BM"]
     group = next(n for n in range(heads, 0, -1) if heads % n == 0 and (n * call.query_block <= most or n == 1))
-    size = launch.power(group * call.query_block)
+    size = min(launch.power(group * call.query_block), most)
     chosen = _choice(call, kernel if size >= min(FEW, most) else f"{kernel}_few")
-    return group, {**chosen, "BM": size, "BN": _keys(call, chosen["BN"])}
+    tiles = call.q.shape[2] // group * -(-group * call.query_block // size)
+    return group, tiles, {**chosen, "BM": size, "BN": _keys(call, chosen["BN"])}
 
 
 def _keys(call: Call, most: int) -> int:
@@ -112,67 +123,68 @@ def _choice(call: Call, kernel: str) -> dict[str, int]:
 
 
 def _bias_parts(call: Call) -> Tensor | None:
-    """[B, heads of tiles, Nq, S, parts of a block]"""
+    """[B, tiles, Nq, S, parts of a block]"""
     if call.bias is None:
         return None
-    group, chosen = _tile(call, "query_gradients")
+    _, tiles, chosen = _tile(call, "query_gradients")
     (b, _, count, s), size = call.bias.shape, chosen["BN"]
     parts = call.block if call.block % size else call.block // size
-    return call.bias.new_empty(b, call.q.shape[2] // group, count, s, parts)
+    return call.bias.new_empty(b, tiles, count, s, parts)
 
 
 def _start(kernel: str, call: Call, plan: Plan, tensors: tuple[Tensor | None, ...]) -> None:
     """A program for each tile of queries."""
-    group, chosen = _tile(call, kernel)
-    (b, _, h, _), count, s = call.q.shape, *call.blocks.shape[2:]
+    group, tiles, chosen = _tile(call, kernel)
+    b, (count, s) = call.q.shape[0], call.blocks.shape[2:]
     columns = 0 if plan.columns is None else plan.columns.shape[2]
     sizes, widths, switches = _arguments(call)
     args = (*tensors, *plan.layout.tensors, *sizes, b, count, s, columns, *near(call), call.scale * LOG2E, call.scale)
     kernels = importlib.import_module("zoo.kernels.block_sparse_attention.triton_forward")
-    launch.start(getattr(kernels, kernel), (count * (h // group) * b,), *args, *widths, group, *switches, **chosen)
+    launch.start(getattr(kernels, kernel), (count * tiles * b,), *args, *widths, group, *switches, **chosen)
 
 
-def _start_keys(kernel: str, call: Call, plan: Plan, tensors: tuple[Tensor | None, ...], splits: int = 0) -> None:
-    """A program for each tile of keys, or with `splits` for a tile of columns and a part of the queries."""
-    hs, hk, blocks = call.blocks.shape[1], call.k.shape[2], plan.layout.key_blocks
-    b, columns = call.q.shape[0], 0 if plan.columns is None else plan.columns.shape[2]
+def _start_keys(
+    kernel: str, call: Call, plan: Plan, tensors: tuple[Tensor | None, ...], splits: int = 0, rows: int = 0
+) -> None:
+    """A program for each tile of keys, or of the columns of `rows` lists and one of `splits` parts of the queries."""
+    blocks, hk, b = plan.layout.key_blocks, call.k.shape[2], call.q.shape[0]
+    columns = 0 if plan.columns is None else plan.columns.shape[2]
     chosen = _choice(call, "key_gradients")
     size = min(chosen["BN"], launch.power(columns if splits else call.block))
-    few = size < min(FEW, chosen["BN"])
-    chosen = {**(_choice(call, "key_gradients_few") if few else chosen), "BN": size}
-    programs = -(-call.block // size) * blocks * hk * b
-    if splits:
-        programs = -(-columns // size) * splits * hs * tensors[-1].shape[0]
+    if size < min(FEW, chosen["BN"]):
+        chosen = _choice(call, "key_gradients_few")
+    programs = -(-columns // size) * splits * rows if splits else -(-call.block // size) * blocks * hk * b
     sizes, widths, switches = _arguments(call)
     args = (*tensors, *plan.layout.tensors, *sizes, b, call.blocks.shape[2], blocks, columns, splits, *near(call))
     units = (call.scale * LOG2E, call.scale)
     kernels = importlib.import_module("zoo.kernels.block_sparse_attention.triton_backward")
-    launch.start(getattr(kernels, kernel), (programs,), *args, *units, *widths, *switches, **chosen)
+    options = {**chosen, "BN": size}
+    launch.start(getattr(kernels, kernel), (programs,), *args, *units, *widths, *switches, **options)
 
 
 def _add_columns(call: Call, plan: Plan, tensors: tuple[Tensor, ...], dk: Tensor, dv: Tensor) -> None:
     """The gradients of columns, into those of all keys: a column is there once in each list."""
     if plan.columns is None or plan.column_counts is None or not plan.columns.numel():
         return
-    (n, hs, c), b, hk = plan.columns.shape, call.q.shape[0], call.k.shape[2]
-    splits = max(1, PROGRAMS // max(1, n * hs * -(-c // FEW)))
+    (n, hs, c), (b, tk, hk) = plan.columns.shape, call.k.shape[:3]
+    splits = max(1, min(PROGRAMS // (n * hs * -(-c // FEW)), -(-call.q.shape[1] // TOKENS)))
     parts = [x.new_empty(n, hs, splits, c, x.shape[3], dtype=torch.float32) for x in (dk, dv)]
-    _start_keys("column_gradients", call, plan, (*tensors, plan.columns, plan.column_counts, *parts), splits)
+    arguments = (*tensors, plan.columns, plan.column_counts, *parts)
+    _start_keys("column_gradients", call, plan, arguments, splits, n * hs)
+    if call.cu_seqlens is not None:
+        begins = call.cu_seqlens[:-1]
+    else:
+        begins = torch.arange(b, device=dk.device) * tk + (0 if call.starts is None else call.starts)
     known = torch.arange(c, device=dk.device) < plan.column_counts[..., None]
-    begins = plan.layout.starts if call.cu_seqlens is None else call.cu_seqlens[:-1]
-    if call.cu_seqlens is None:
-        row = torch.arange(b, device=dk.device) * call.k.shape[1]
-        begins = row if begins is None else row + begins
-    tokens = torch.where(known, plan.columns + begins[:, None, None], b * call.k.shape[1]).long()
+    tokens = torch.where(known, plan.columns + begins[:, None, None], b * tk).long()
+    head = torch.arange(hk, device=dk.device)[:, None]
     for total, part in zip((dk, dv), parts, strict=True):
-        whole = torch.cat([total.flatten(0, 1), total.new_zeros(1, *total.shape[2:])])
+        rows = torch.cat([total.flatten(0, 2), total.new_zeros(hk, total.shape[3])])  # the last ones take what is none
         for i in range(hs // hk):
             own = slice(i, None, hs // hk)
-            index = tokens[:, own, :] * hk + torch.arange(hk, device=dk.device)[:, None]
-            flat = whole.view(-1, total.shape[3])
-            added = flat.index_select(0, index.flatten()) + part[:, own].sum(2).flatten(0, 2)
-            flat.index_copy_(0, index.flatten(), added)
-        total.copy_(whole[:-1].view_as(total))
+            index = (tokens[:, own] * hk + head).flatten()
+            rows.index_copy_(0, index, rows.index_select(0, index) + part[:, own].sum(2).flatten(0, 2))
+        total.copy_(rows[:-hk].view_as(total))
 
 
 def _arguments(call: Call) -> tuple[tuple[int, ...], tuple[int, ...], tuple[Any, ...]]:

@@ -6,14 +6,14 @@ ever transposed. A tile of keys looks at the cells of the query blocks that list
 of their queries) and at those of all tokens whose window or sink tokens it may be in; columns look at all later
 tokens. Everything of one key is summed inside one program: no atomics.
 
-An inverse list is `owners[bounds[x]:bounds[x + 1]]` for key block x of a key head; an owner is query block * LISTS + list,
-of the LISTS lists of the key head. A query block's cells are token by token, then its heads.
+An inverse list is `owners[bounds[x]:bounds[x + 1]]` for key block x of a key head; an owner is query block * LISTS +
+list, of the LISTS lists of a key head. The cells of an owner are those of its query block, token by token.
 """
 
 import triton
 import triton.language as tl
 
-from zoo.kernels.attention.triton_kernels import LOG2E, load_norm
+from zoo.kernels.attention.triton_kernels import LOG2E
 from zoo.kernels.block_sparse_attention.triton_tiles import (
     COLUMN,
     NEAR,
@@ -28,15 +28,32 @@ from zoo.kernels.block_sparse_attention.triton_tiles import (
     store_cells,
 )
 
+SCAN = tl.constexpr(64)  # owners looked at together
 SIZES = ["Tq", "Tk", "B", "Nq", "Nk", "C", "splits", "window", "sinks"]
 
 
 @triton.jit
-def owner_at(owners, i, first, end, EACH: tl.constexpr, BM: tl.constexpr):
+def owner_at(owners, i, first, end, EACH: tl.constexpr, HEADS: tl.constexpr, BM: tl.constexpr):
     """The owner of tile i of the cells of an inverse list, where all its cells have one; read one tile ahead."""
-    if EACH % BM == 0:
+    if EACH % BM == 0 and BM % HEADS == 0:
         return tl.load(owners + tl.minimum(first + i // (EACH // BM), end - 1), mask=first < end, other=0)
-    return i * 0
+    return tl.full([], 0, tl.int32)
+
+
+@triton.jit
+def seen_partly(b, owners, first, end, last, layout, M: tl.constexpr, LISTS: tl.constexpr, PACKED: tl.constexpr):
+    """How many owners, the first ones of an inverse list, have queries before position `last`."""
+    count = end - first
+    found = count * 0
+    more = found < count
+    while more:
+        x = found + tl.arange(0, SCAN)
+        owner = tl.load(owners + first + x, mask=x < count, other=0)
+        _, _, _, at, _, _ = query_block_at(b, owner // LISTS, layout, M, PACKED)
+        early = tl.sum(((x < count) & (at < last)).to(tl.int32), 0)
+        found += early
+        more = early == SCAN
+    return found
 
 
 @triton.jit
@@ -45,32 +62,30 @@ def listed_cells(
     M: tl.constexpr, PACKED: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
     """Cells of tile i of an inverse list, from the first of the key head on: a common one (64-bit), [BM] further, which
-    there are, positions of their queries, their lists, and the bias of their scores (or None)."""
+    there are, positions of their queries, their lists, and the bias of their scores, if any."""
     HEADS: tl.constexpr = H // HK // LISTS
     EACH: tl.constexpr = M * HEADS
     x = tl.arange(0, BM)
-    extra = None
-    if EACH % BM == 0:
-        x += i % (EACH // BM) * BM
-        there = x >= 0
+    extra = tl.zeros([BM], tl.float32)
+    if EACH % BM == 0 and BM % HEADS == 0:
+        _, row, count, place, _, _ = query_block_at(b, owner // LISTS, layout, M, PACKED)
+        begin, which = i % (EACH // BM) * (BM // HEADS), owner % LISTS
         if bias is not None:
-            extra = tl.load(bias + tl.minimum(first + i // (EACH // BM), end - 1)) + tl.zeros([BM], tl.float32)
+            extra += tl.load(bias + tl.minimum(first + i // (EACH // BM), end - 1))
+        token = x // HEADS
+        known, at = token < count - begin, place + begin + token
+        base, cell = (row + begin).to(tl.int64) * H + which * HEADS, token * H + x % HEADS
     else:
         x += i * BM
-        at = tl.minimum(first + x // EACH, end - 1)
-        there = first + x // EACH < end
-        owner = tl.load(owners + at)
+        entry = tl.minimum(first + x // EACH, end - 1)
+        own = tl.load(owners + entry)
         if bias is not None:
-            extra = tl.load(bias + at)
-        x = x % EACH
-    _, row, count, place, _, _ = query_block_at(b, owner // LISTS, layout, M, PACKED)
-    token, which = x // HEADS, owner % LISTS
-    known = there & (token < count)
-    if EACH % BM == 0:
-        base, cell = row.to(tl.int64) * H + which * HEADS, token * H + x % HEADS
-    else:
-        base, cell = (i * 0).to(tl.int64), (row.to(tl.int64) + token) * H + which * HEADS + x % HEADS
-    return base, cell, known, tl.where(known, place + token, -1), which, extra
+            extra += tl.load(bias + entry)
+        _, row, count, place, _, _ = query_block_at(b, own // LISTS, layout, M, PACKED)
+        token, which = x % EACH // HEADS, own % LISTS
+        known, at = (first + x // EACH < end) & (token < count), place + token
+        base, cell = tl.full([], 0, tl.int64), (row.to(tl.int64) + token) * H + which * HEADS + x % HEADS
+    return base, cell, known, at, which, extra
 
 
 @triton.jit
@@ -79,19 +94,20 @@ def later_cells(i, begin, end, row, at, H: tl.constexpr, HEADS: tl.constexpr, BM
     x = i * BM + tl.arange(0, BM)
     token = begin + x // HEADS
     known = token < end
-    return row.to(tl.int64) * H, token.to(tl.int64) * H + x % HEADS, known, tl.where(known, at + token, -1)
+    return row.to(tl.int64) * H, token.to(tl.int64) * H + x % HEADS, known, at + token
 
 
 @triton.jit
 def add_gradients(
-    KIND: tl.constexpr, d_keys, d_values, keys, values, pk, q, do, lse, delta, base, cell, known, pq, extra, flag,
+    KIND: tl.constexpr, d_keys, d_values, keys, values, pk, q, do, norms, delta, base, cell, known, pq, extra, flag,
     masked, k_count, window, sinks, unit, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     CAUSAL: tl.constexpr, CLOSE: tl.constexpr, BIAS: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What a tile of cells adds to the gradients of keys and values."""
     queries = load_cells(q, base, cell, known, K, BK).to(DT)
     grad = load_cells(do, base, cell, known, V, BV).to(DT)
-    norm = load_norm(lse + base + cell, known)
+    # Cells that are not there are zeros and add nothing; their weights must be finite.
+    norm = tl.load(norms + base + cell, mask=known, other=float("inf") if BIAS else 0.0)
     change = tl.load(delta + base + cell, mask=known, other=0.0)
     s = tl.dot(keys, tl.trans(queries), input_precision=PRECISION) * unit
     if BIAS:
@@ -122,7 +138,7 @@ def tokens_near(start, size, q_count, at, window, sinks, CAUSAL: tl.constexpr):
 
 @triton.jit(do_not_specialize=SIZES)
 def key_gradients(
-    q, k, v, lse, delta, do, bounds, owners, bias, is_column, dk, dv,
+    q, k, v, norms, delta, do, bounds, owners, bias, is_column, dk, dv,
     starts, firsts, cu_seqlens, q_owners, q_firsts, k_owners, k_firsts, Tq, Tk, B, Nq, Nk, C, splits, window, sinks,
     unit, scale, H: tl.constexpr, HK: tl.constexpr, HS: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr, CAUSAL: tl.constexpr,
@@ -148,7 +164,7 @@ def key_gradients(
     first_head = head * (H // HK)
     q += first_head * K
     do += first_head * V
-    lse += first_head
+    norms += first_head
     delta += first_head
     if is_column is not None:
         is_column += (b * HS + head * LISTS).to(tl.int64) * Tk + (k_row - b * Tk)
@@ -156,29 +172,32 @@ def key_gradients(
     first, end = tl.load(bounds + x), tl.load(bounds + x + 1)
     d_keys = tl.zeros([BN, BK], tl.float32)
     d_values = tl.zeros([BN, BV], tl.float32)
-    following = owner_at(owners, 0, first, end, EACH, BM)
-    for i in range(0, tl.cdiv(((end - first) * EACH).to(tl.int32), BM)):
+    total = tl.cdiv((end - first) * EACH, BM)
+    edge = total  # tiles from here on are seen whole
+    if CAUSAL and not CLOSE and is_column is None:
+        partly = seen_partly(b, owners, first, end, start + BN - 1, layout, M, LISTS, PACKED)
+        edge = tl.cdiv(partly * EACH, BM)
+    following = owner_at(owners, 0, first, end, EACH, H // HS, BM)
+    for i in range(0, total):
         owner = following
-        following = owner_at(owners, i + 1, first, end, EACH, BM)
+        following = owner_at(owners, i + 1, first, end, EACH, H // HS, BM)
         base, cell, known, pq, which, extra = listed_cells(
             b, i, owner, owners, bias, first, end, layout, H, HK, LISTS, M, PACKED, BM
         )
-        flag, masked = None, CAUSAL or CLOSE
+        flag = None
         if is_column is not None:
-            masked, at_flag = True, (which + pq * 0)[None, :] * Tk + pk[:, None]
-            flag = tl.load(is_column + at_flag, mask=(pk < k_count)[:, None], other=0)
-        elif CAUSAL and not CLOSE:
-            masked = tl.min(tl.where(known, pq, PADDING), 0) < start + BN - 1
+            place = (which + pq * 0)[None, :] * Tk + pk[:, None]
+            flag = tl.load(is_column + place, mask=(pk < k_count)[:, None], other=0)
         d_keys, d_values = add_gradients(
-            PARTLY, d_keys, d_values, keys, values, pk, q, do, lse, delta, base, cell, known, pq, extra, flag,
-            masked, k_count, window, sinks, unit, K, V, BK, BV, CAUSAL, CLOSE, bias is not None, DT, PRECISION,
+            PARTLY, d_keys, d_values, keys, values, pk, q, do, norms, delta, base, cell, known, pq, extra, flag,
+            i < edge, k_count, window, sinks, unit, K, V, BK, BV, CAUSAL, CLOSE, bias is not None, DT, PRECISION,
         )  # fmt: skip
     if CLOSE:
         begin, stop = tokens_near(start, size, q_count, at, window, sinks, CAUSAL)
         for i in range(0, tl.cdiv((stop - begin) * (H // HK), BM)):
             base, cell, known, pq = later_cells(i, begin, stop, q_row, at, H, H // HK, BM)
             d_keys, d_values = add_gradients(
-                NEAR, d_keys, d_values, keys, values, pk, q, do, lse, delta, base, cell, known, pq, None, None, True,
+                NEAR, d_keys, d_values, keys, values, pk, q, do, norms, delta, base, cell, known, pq, None, None, True,
                 k_count, window, sinks, unit, K, V, BK, BV, CAUSAL, CLOSE, False, DT, PRECISION,
             )  # fmt: skip
     store_cells(dk + head * K, d_keys * scale, row * HK, r * HK, r < size, K, BK)
@@ -187,7 +206,7 @@ def key_gradients(
 
 @triton.jit(do_not_specialize=SIZES)
 def column_gradients(
-    q, k, v, lse, delta, do, columns, column_counts, dk, dv,
+    q, k, v, norms, delta, do, columns, column_counts, dk, dv,
     starts, firsts, cu_seqlens, q_owners, q_firsts, k_owners, k_firsts, Tq, Tk, B, Nq, Nk, C, splits, window, sinks,
     unit, scale, H: tl.constexpr, HK: tl.constexpr, HS: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr, CAUSAL: tl.constexpr,
@@ -208,7 +227,7 @@ def column_gradients(
     values = load_keys(v + head * V, k_row.to(tl.int64), pk.to(tl.int64), k_count, HK * V, True, V, BV).to(DT)
     q += own * HEADS * K
     do += own * HEADS * V
-    lse += own * HEADS
+    norms += own * HEADS
     delta += own * HEADS
     begin = tl.minimum(tl.maximum(tl.min(pk, 0) - at, 0), q_count) if CAUSAL else q_count * 0
     share = tl.cdiv(q_count - begin, splits)
@@ -219,7 +238,7 @@ def column_gradients(
     for i in range(0, tl.cdiv((stop - begin) * HEADS, BM)):
         base, cell, known, pq = later_cells(i, begin, stop, q_row, at, H, HEADS, BM)
         d_keys, d_values = add_gradients(
-            COLUMN, d_keys, d_values, keys, values, pk, q, do, lse, delta, base, cell, known, pq, None, None, True,
+            COLUMN, d_keys, d_values, keys, values, pk, q, do, norms, delta, base, cell, known, pq, None, None, True,
             k_count, window, sinks, unit, K, V, BK, BV, CAUSAL, CLOSE, False, DT, PRECISION,
         )  # fmt: skip
     base = (line * splits + split) * C

@@ -19,8 +19,7 @@ from zoo.kernels.block_sparse_attention.chunked import ARGUMENTS
 from zoo.kernels.block_sparse_attention.lists import first_of_equals
 
 QUERIES = 8  # more are a job for tiles of queries
-COMPARED = 1 << 14  # pairs of entries that a tile compares to find repeated ones; longer lists are cleaned before
-PARTS = 128  # most parts of a list
+COMPARED = 1 << 15  # pairs of entries that a program compares to find repeated ones; longer lists are cleaned before
 LOG2E = 1.4426950408889634
 
 
@@ -47,24 +46,26 @@ def run(call: Call) -> tuple[Tensor, Tensor]:
 def _forward(*args: Any) -> tuple[Tensor, Tensor]:
     call = Call(*args)
     (b, tq, h, width), values, hs = call.q.shape, call.v.shape[3], call.blocks.shape[1]
-    groups, chosen = h // hs, _choice(call)
-    size, least = chosen.pop("BN"), chosen.pop("KEYS")
-    pad, tiles, (columns, sinks, near) = _tiles(call, size)
-    count = tiles + -(-(columns + sinks + near) // size)
-    each = max(least // size, -(-count // PARTS))
-    parts, lists, rows = -(-count // each), b * hs * tq, min(launch.power(groups), 64)
+    groups, chosen, lists = h // hs, _choice(call), b * hs * tq
+    keys, rows = chosen["KEYS"], min(launch.power(groups), 64)
+    pad, listed, (columns, sinks, near) = _parts(call, keys)
+    parts = listed + -(-(columns + sinks + near) // keys)
+    programs = parts * -(-groups // rows) * lists
     o, lse = call.q.new_empty(b, tq, h, values), call.q.new_empty(b, tq, h, dtype=torch.float32)
     partial, norms = (lse.new_empty(lists, parts, groups, n) for n in (values, 1))
-    tensors, strides, align, compared = _tensors(call, max(size // pad, 1))
+    blocks, counts, distinct = _lists(call, max(keys // pad, 1))
+    tensors, strides, align = _tensors(call)
+    tensors = (*tensors[:3], blocks, counts, *tensors[3:], lse.new_empty(programs, keys, dtype=torch.int32))
     language = importlib.import_module("triton.language")
     kind = language.bfloat16 if launch.operand_dtype(call.q.dtype) == torch.bfloat16 else language.float32
-    numbers = (tq, call.k.shape[1], h, hs, hs // call.k.shape[2], call.blocks.shape[3], columns, min(call.window, 1 << 30))
-    numbers += (near, sinks, parts, tiles, each)
-    widths = (groups, width, values, launch.power(width), launch.power(values), call.block, pad, compared)
-    flags = (call.causal, columns + sinks + near > 0, align, kind, launch.precision(call.q.dtype), rows, size)
+    tk, hk = call.k.shape[1:3]
+    others = (columns, min(call.window, 1 << 30), near, sinks)
+    numbers = (tq, tk, hs, hs // hk, call.blocks.shape[3], *others, parts, listed)
+    widths = (groups, width, values, launch.power(width), launch.power(values), call.block, pad)
+    flags = (distinct, call.causal, parts > listed, align, kind, launch.precision(call.q.dtype), rows)
     args = (*tensors, partial, norms, *numbers, *strides, call.scale * LOG2E, *widths, *flags)
     kernels = importlib.import_module("zoo.kernels.block_sparse_attention.triton_decode_kernels")
-    launch.start(kernels.parts_forward, (parts * -(-groups // rows) * lists,), *args, **chosen)
+    launch.start(kernels.parts_forward, (programs,), *args, **chosen)
     args = (partial, norms, o, lse, tq, hs, parts, groups, values, launch.power(values))
     launch.start(kernels.merge, (lists * groups,), *args, BN=16, num_warps=4)
     return o, lse
@@ -72,45 +73,41 @@ def _forward(*args: Any) -> tuple[Tensor, Tensor]:
 
 def _choice(call: Call) -> dict[str, int]:
     width = (launch.power(call.q.shape[3]) + launch.power(call.v.shape[3])) // 2
-    return dict(launch.choice("block_sparse_attention.decode", width, call.q))
+    return launch.choice("block_sparse_attention.decode", width, call.q)
 
 
-def _tiles(call: Call, size: int) -> tuple[int, int, tuple[int, int, int]]:
-    """Keys that a listed block takes of tiles of `size`, these tiles, and how many columns, sink and window keys."""
-    pad = call.block if call.block > 128 else 1 << (call.block - 1).bit_length()
-    tiles = call.blocks.shape[3] * (pad // size) if pad >= size else -(-call.blocks.shape[3] // (size // pad))
+def _parts(call: Call, keys: int) -> tuple[int, int, tuple[int, int, int]]:
+    """Keys that a listed block takes of parts of `keys`, these parts, and how many columns, sink and window keys."""
+    pad = call.block if call.block > 128 and call.block % keys == 0 else 1 << (call.block - 1).bit_length()
+    listed = call.blocks.shape[3] * (pad // keys) if pad >= keys else -(-call.blocks.shape[3] // (keys // pad))
     tk, around = call.k.shape[1], call.window if call.causal else 2 * call.window - 1
     columns = 0 if call.columns is None else call.columns.shape[2]
-    return pad, tiles, (columns, min(call.sink_tokens, tk), min(around, tk) if call.window else 0)
+    return pad, listed, (columns, min(call.sink_tokens, tk), min(around, tk) if call.window else 0)
 
 
-def _tensors(call: Call, entries: int) -> tuple[tuple[Any, ...], tuple[int, ...], int, int]:
-    """The tensors that the kernel reads; strides of positions, keys and values; ALIGN and SB of the kernel, which tests
-    `entries` of a list at a time."""
+def _tensors(call: Call) -> tuple[tuple[Any, ...], tuple[int, ...], int]:
+    """The tensors that the kernel reads, lists aside; strides of positions, keys and values; ALIGN of the kernel."""
     q, bias, positions, starts = (None if x is None else x.contiguous()
                                   for x in (call.q, call.bias, call.q_positions, call.starts))  # fmt: skip
     k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (call.k, call.v))
     strides = [n if size > 1 else 0 for x in (k, v) for n, size in zip(x.stride()[:3], x.shape, strict=False)]
     align = 8 if all(n % 8 == 0 for n in strides) else 1
     row = positions.shape[1] if positions is not None and positions.dim() == 2 else 0
-    blocks, counts, compared = _lists(call, entries)
-    tensors = (q, k, v, blocks, counts, *_columns(call), bias, positions, starts)
-    return tensors, (row, *(n // align for n in strides)), align, compared
+    return (q, k, v, *_columns(call), bias, positions, starts), (row, *(n // align for n in strides)), align
 
 
-def _lists(call: Call, entries: int) -> tuple[Tensor, Tensor | None, int]:
-    """Lists and counts, and the power of two that holds a list, where repeated entries are still in it, or 0."""
+def _lists(call: Call, entries: int) -> tuple[Tensor, Tensor | None, bool]:
+    """Lists and counts, and whether no entry is repeated; a program tests `entries` of them."""
     blocks, counts = (None if x is None else x.contiguous() for x in (call.blocks, call.counts))
     assert blocks is not None
     listed, there = blocks.shape[3], -(-call.k.shape[1] // call.block)
-    compared = 1 << (listed - 1).bit_length() if listed > 1 else 0
-    if entries * compared <= COMPARED:
-        return blocks, counts, compared
+    if listed == 1 or entries * listed <= COMPARED:
+        return blocks, counts, listed == 1
     lists = blocks.numel() // listed
     marks, out = (blocks.new_empty(lists, n, dtype=torch.int32) for n in (there, listed))
     kernels = importlib.import_module("zoo.kernels.block_sparse_attention.triton_decode_kernels")
     launch.start(kernels.distinct, (lists,), blocks, counts, marks, out, listed, there, N=1024, num_warps=8)
-    return out, None, 0
+    return out, None, True
 
 
 def _columns(call: Call) -> tuple[Tensor | None, Tensor | None]:

@@ -3,9 +3,9 @@
 
     acc = sum exp2(s - top) v,  total = sum exp2(s - top),  o = sum over parts of 2^(norm - lse) acc / total
 
-with scores s in units of log 2 and norm = top + log2(total) of a part. A query has a list of its own. Its keys are laid
-out as tiles of BN: those of the listed blocks, padded to PAD keys each, then columns, sink tokens and the window, of
-which each leaves a key to the last that shows it.
+with scores s in units of log 2 and norm = top + log2(total) of a part. A query has a list of its own. A part is KEYS
+keys: of listed blocks, padded to PAD keys each, or of columns, sink tokens and the window, of which each leaves a key
+to the last that shows it. A program first writes down which tokens they are, then loads them.
 
 Shapes: B batch, Tq queries, Tk keys, H query heads, G of them to a list, HS heads of the lists, S listed blocks, C
 columns, K and V head widths, BK and BV their tiles; BM query heads and BN keys of a tile.
@@ -14,9 +14,10 @@ columns, K and V head widths, BK and BV their tiles; BM query heads and BN keys 
 import triton
 import triton.language as tl
 
-SIZES = ["Tq", "Tk", "H", "HS", "kv_lists", "S", "C", "window", "near", "sinks", "parts", "tiles", "each", "row_stride",
+SIZES = ["Tq", "Tk", "HS", "kv_lists", "S", "C", "window", "near", "sinks", "parts", "listed", "row_stride",
          "kb", "kt", "kh", "vb", "vt", "vh"]  # fmt: skip
 LOG2E = tl.constexpr(1.4426950408889634)
+SCAN = tl.constexpr(64)  # entries looked at together
 
 
 @triton.jit(do_not_specialize=["S", "blocks_there"])
@@ -50,29 +51,28 @@ def distinct(blocks, counts, marks, out, S, blocks_there, N: tl.constexpr):
 
 @triton.jit
 def listed_keys(
-    blocks, bias, tile, earlier, count, S, length, BLOCK: tl.constexpr, PAD: tl.constexpr, SB: tl.constexpr,
-    BN: tl.constexpr,
-):  # fmt: skip
-    """Positions [BN] of a tile's listed keys, which are there, and their bias in units of log 2."""
-    TILES: tl.constexpr = PAD // BN if PAD > BN else 1  # of a block
-    ENTRIES: tl.constexpr = BN // PAD if PAD < BN else 1  # of a tile
-    WIDTH: tl.constexpr = BN // ENTRIES
-    e = tile // TILES * ENTRIES + tl.arange(0, ENTRIES)
+    blocks, part, count, length, BLOCK: tl.constexpr, PAD: tl.constexpr, KEYS: tl.constexpr, DISTINCT: tl.constexpr
+):
+    """Positions [KEYS] of a part's listed keys, and which are there."""
+    PARTS: tl.constexpr = PAD // KEYS if PAD > KEYS else 1  # of a block
+    ENTRIES: tl.constexpr = KEYS // PAD if PAD < KEYS else 1  # of a part
+    first = part // PARTS * ENTRIES
+    e = first + tl.arange(0, ENTRIES)
     x = tl.load(blocks + e, mask=e < count, other=-1)
     real = (x >= 0) & (x < tl.cdiv(length, BLOCK))
-    x = x.to(tl.int32)
-    if SB:
-        before = (earlier[None, :] == x[:, None]) & (tl.arange(0, SB)[None, :] < e[:, None])
-        real = real & (tl.sum(before.to(tl.int32), 1) == 0)
-    offset = tile % TILES * BN + tl.arange(0, WIDTH)
-    place = tl.where(real, x, 0)[:, None] * BLOCK + offset[None, :]
+    x = tl.where(real, x, -1).to(tl.int32)
+    if not DISTINCT:
+        repeated = tl.zeros([ENTRIES], tl.int32)
+        for begin in range(0, tl.minimum(first + ENTRIES, count), SCAN):
+            at = begin + tl.arange(0, SCAN)
+            earlier = tl.load(blocks + at, mask=at < count, other=-1)
+            same = (earlier[None, :] == x[:, None]) & (at[None, :] < e[:, None])
+            repeated = tl.maximum(repeated, tl.max(same.to(tl.int32), 1))
+        real = real & (repeated == 0)
+    offset = part % PARTS * KEYS + tl.arange(0, KEYS // ENTRIES)
+    place = tl.maximum(x, 0)[:, None] * BLOCK + offset[None, :]
     there = real[:, None] & (offset < BLOCK)[None, :] & (place < length)
-    if bias is not None:
-        shift = tl.load(bias + e, mask=real, other=0.0).to(tl.float32) * LOG2E
-        shift = tl.reshape(tl.broadcast_to(shift[:, None], [ENTRIES, WIDTH]), [BN])
-    else:
-        shift = tl.full([BN], 0.0, tl.float32)
-    return tl.reshape(place, [BN]), tl.reshape(there, [BN]), shift
+    return tl.reshape(place, [KEYS]), tl.reshape(there, [KEYS])
 
 
 @triton.jit
@@ -105,68 +105,69 @@ def own_place(q_positions, starts, b, i, Tq, Tk, row_stride):
 
 @triton.jit(do_not_specialize=SIZES)
 def parts_forward(
-    q, k, v, blocks, counts, columns, is_column, bias, q_positions, starts, o, norms,
-    Tq, Tk, H, HS, kv_lists, S, C, window, near, sinks, parts, tiles, each, row_stride, kb, kt, kh, vb, vt, vh, unit,
+    q, k, v, blocks, counts, columns, is_column, bias, q_positions, starts, tokens, o, norms,
+    Tq, Tk, HS, kv_lists, S, C, window, near, sinks, parts, listed, row_stride, kb, kt, kh, vb, vt, vh, unit,
     G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BLOCK: tl.constexpr,
-    PAD: tl.constexpr, SB: tl.constexpr, CAUSAL: tl.constexpr, EXTRA: tl.constexpr, ALIGN: tl.constexpr,
-    DT: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    PAD: tl.constexpr, DISTINCT: tl.constexpr, CAUSAL: tl.constexpr, EXTRA: tl.constexpr, ALIGN: tl.constexpr,
+    DT: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """o [lists, parts, G, V] of each part alone, and its norm, in units of log 2; `each` tiles of the keys to a part.
+    """o [lists, parts, G, V] of each part alone, and its norm, in units of log 2; the first `listed` parts are those of
+    listed blocks. tokens [programs, KEYS] is scratch.
 
     Programs: parts, then tiles of a list's query heads, then lists [B, HS, Tq]. Strides of keys and values count ALIGN
     numbers; kv_lists lists share a key head."""
     part, rest = tl.program_id(0) % parts, tl.program_id(0) // parts
     heads, rest = rest % tl.cdiv(G, BM) * BM + tl.arange(0, BM), rest // tl.cdiv(G, BM)
-    i, hs, b = rest % Tq, rest // Tq % HS, rest // Tq // HS
+    i, hs, b = rest % Tq, rest // Tq % HS, (rest // Tq // HS).to(tl.int64)
     own, row, begin, length = own_place(q_positions, starts, b, i, Tq, Tk, row_stride)
-    row = ((b * HS + hs) * Tq + row).to(tl.int64)
-    count = b * 0 + S
+    row = (b * HS + hs) * Tq + row
+    count = rest * 0 + S
     if counts is not None:
         count = tl.minimum(tl.load(counts + row), S).to(tl.int32)
-    blocks += row * S
-    if bias is not None:
-        bias += row * S
-    if columns is not None:
-        columns += (b * HS + hs).to(tl.int64) * C
-        is_column += (b * HS + hs).to(tl.int64) * Tk + begin
-    earlier = tl.arange(0, SB) if SB else 0
-    if SB:
-        earlier = tl.load(blocks + earlier, mask=earlier < count, other=-1).to(tl.int32)
+    if not EXTRA or part < listed:
+        place, seen = listed_keys(blocks + row * S, part, count, length, BLOCK, PAD, KEYS, DISTINCT)
+        if EXTRA:
+            seen = seen & (place >= sinks) & (tl.abs(own - place) >= window)
+            if is_column is not None:
+                marks = is_column + (b * HS + hs) * Tk + begin
+                seen = seen & (tl.load(marks + place, mask=seen, other=0) == 0)
+        size = tl.minimum(count * PAD - part * KEYS, KEYS)
+    else:
+        n = (part - listed) * KEYS + tl.arange(0, KEYS)
+        listing = columns
+        if columns is not None:
+            listing += (b * HS + hs) * C
+        place, seen = other_keys(listing, n, own, C, sinks, near, window, length)
+        size = tl.minimum(C + sinks + near - (part - listed) * KEYS, KEYS)
+    if CAUSAL:
+        seen = seen & (place <= own)
+    tokens += tl.program_id(0).to(tl.int64) * KEYS
+    tl.store(tokens + tl.arange(0, KEYS), tl.where(seen, place, -1))
+    size = tl.where(own < 0, 0, size)
     column, value = tl.arange(0, BK), tl.arange(0, BV)
-    first = (b.to(tl.int64) * Tq + i) * H + hs * G
+    first = ((b * Tq + i) * HS + hs) * G
     queries = tl.load(q + (first + heads[:, None]) * K + column[None, :],
                       mask=(heads < G)[:, None] & (column < K)[None, :], other=0.0).to(DT)  # fmt: skip
-    k += (b.to(tl.int64) * kb + begin.to(tl.int64) * kt + (hs // kv_lists).to(tl.int64) * kh) * ALIGN
-    v += (b.to(tl.int64) * vb + begin.to(tl.int64) * vt + (hs // kv_lists).to(tl.int64) * vh) * ALIGN
-    last = part * each + each
-    if EXTRA:
-        last = tl.minimum(last, tiles + tl.cdiv(C + sinks + near, BN))
-    else:
-        held = tl.cdiv(count, BN // PAD) if PAD < BN else count * (PAD // BN)
-        last = tl.minimum(last, held)
-    last = tl.where(own < 0, 0, last)
+    k += (b * kb + begin.to(tl.int64) * kt + (hs // kv_lists).to(tl.int64) * kh) * ALIGN
+    v += (b * vb + begin.to(tl.int64) * vt + (hs // kv_lists).to(tl.int64) * vh) * ALIGN
     acc = tl.zeros([BM, BV], tl.float32)
     top = tl.full([BM], -float("inf"), tl.float32)
     total = tl.zeros([BM], tl.float32)
-    for tile in range(part * each, last):
-        place, seen, shift = listed_keys(blocks, bias, tile, earlier, count, S, length, BLOCK, PAD, SB, BN)
-        if EXTRA:
-            other = (tile - tiles) * BN + tl.arange(0, BN)
-            listed = other < 0
-            seen = seen & listed & (place >= sinks) & (tl.abs(own - place) >= window)
-            if is_column is not None:
-                seen = seen & (tl.load(is_column + place, mask=seen, other=0) == 0)
-            other, left = other_keys(columns, other, own, C, sinks, near, window, length)
-            place, seen, shift = tl.where(listed, place, other), seen | left, tl.where(listed, shift, 0.0)
-        if CAUSAL:
-            seen = seen & (place <= own)
-        at = tl.where(seen, place, 0).to(tl.int64)
+    tl.debug_barrier()  # the loads below read what other threads stored
+    for tile in range(0, size, BN):
+        n = tile + tl.arange(0, BN)
+        at = tl.load(tokens + n)
+        there = at >= 0
+        at = tl.maximum(at, 0).to(tl.int64)
         keys = tl.load(k + at[:, None] * (kt * ALIGN) + column[None, :],
-                       mask=seen[:, None] & (column < K)[None, :], other=0.0).to(DT)  # fmt: skip
+                       mask=there[:, None] & (column < K)[None, :], other=0.0).to(DT)  # fmt: skip
         values = tl.load(v + at[:, None] * (vt * ALIGN) + value[None, :],
-                         mask=seen[:, None] & (value < V)[None, :], other=0.0).to(DT)  # fmt: skip
-        s = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * unit + shift[None, :]
-        s = tl.where(seen[None, :], s, -float("inf"))
+                         mask=there[:, None] & (value < V)[None, :], other=0.0).to(DT)  # fmt: skip
+        s = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * unit
+        if bias is not None:
+            e = (part * KEYS + n) // PAD
+            s += tl.load(bias + row * S + e, mask=there & (e < count), other=0.0)[None, :] * LOG2E
+        s = tl.where(there[None, :], s, -float("inf"))
         higher = tl.maximum(top, tl.max(s, 1))
         safe = tl.where(higher == -float("inf"), 0.0, higher)
         p, keep = tl.exp2(s - safe[:, None]), tl.exp2(top - safe)
@@ -191,7 +192,8 @@ def merge(o, norms, out, lse, Tq, HS, parts, G: tl.constexpr, V: tl.constexpr, B
         part = begin + tl.arange(0, BN)
         at = (rest.to(tl.int64) * parts + part) * G + g
         norm = tl.load(norms + at, mask=part < parts, other=-float("inf"))
-        x = tl.load(o + at[:, None] * V + value[None, :], mask=(part < parts)[:, None] & (value < V)[None, :], other=0.0)
+        there = (part < parts)[:, None] & (value < V)[None, :]
+        x = tl.load(o + at[:, None] * V + value[None, :], mask=there, other=0.0)
         higher = tl.maximum(top, tl.max(norm, 0))
         safe = tl.where(higher == -float("inf"), 0.0, higher)
         p, keep = tl.exp2(norm - safe), tl.exp2(top - safe)

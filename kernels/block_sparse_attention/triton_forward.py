@@ -34,17 +34,20 @@ SIZES = ["Tq", "Tk", "B", "Nq", "S", "C", "window", "sinks"]
 @triton.jit
 def query_tile(layout, B, Nq, H: tl.constexpr, M: tl.constexpr, GROUP: tl.constexpr, PACKED: tl.constexpr,
                BM: tl.constexpr):  # fmt: skip
-    """Batch row, query block, sequence and first head; the first cell (64-bit) and [BM] further, which of them there
-    are and their positions; tokens, the first position; the keys' first row and number."""
-    pid = tl.program_id(0)
-    head, rest = pid % (H // GROUP) * GROUP, pid // (H // GROUP)
+    """Number of the tile among those of all heads, batch row, query block, sequence and first head; the first cell
+    (64-bit) and [BM] further, which of them there are and their positions; tokens of the query block, position of the
+    first; the keys' first row and number."""
+    PARTS: tl.constexpr = (M * GROUP + BM - 1) // BM
+    tile, rest = tl.program_id(0) % (H // GROUP * PARTS), tl.program_id(0) // (H // GROUP * PARTS)
+    part, head = tile % PARTS, tile // PARTS * GROUP
     b, r = rest % B, Nq - 1 - rest // B
     n, row, count, at, k_row, k_count = query_block_at(b, r, layout, M, PACKED)
-    x = tl.arange(0, BM)
+    x = part * BM + tl.arange(0, BM)
     token = x // GROUP
     known = token < count
     pq = tl.where(known, at + token, -1)
-    return b, r, n, head, row.to(tl.int64) * H + head, token * H + x % GROUP, known, pq, count, at, k_row, k_count
+    base, cell = row.to(tl.int64) * H + head, token * H + x % GROUP
+    return tile, b, r, n, head, base, cell, known, pq, count, at, k_row, k_count
 
 
 @triton.jit
@@ -81,9 +84,9 @@ def forward(
     CLOSE: tl.constexpr, PACKED: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr,
 ):  # fmt: skip
-    """o and lse, [B, Tq, H]; one program per query block and GROUP heads."""
+    """o and lse, [B, Tq, H]; one program per BM cells of a query block and GROUP heads."""
     layout = (starts, firsts, cu_seqlens, q_owners, q_firsts, k_owners, k_firsts, Tq, Tk)
-    b, r, n, head, base, cell, known, pq, count, at, k_row, k_count = query_tile(
+    part, b, r, n, head, base, cell, known, pq, count, at, k_row, k_count = query_tile(
         layout, B, Nq, H, M, GROUP, PACKED, BM
     )
     queries = load_cells(q, base, cell, known, K, BK).to(DT)
@@ -131,17 +134,17 @@ def forward(
 
 @triton.jit(do_not_specialize=SIZES)
 def query_gradients(
-    q, k, v, lists, meta, bias, columns, column_counts, is_column, o, lse, do, dlse, dq, delta, dbias,
+    q, k, v, lists, meta, bias, columns, column_counts, is_column, o, lse, do, dlse, dq, norms, delta, dbias,
     starts, firsts, cu_seqlens, q_owners, q_firsts, k_owners, k_firsts, Tq, Tk, B, Nq, S, C, window, sinks, unit, scale,
     H: tl.constexpr, HK: tl.constexpr, HS: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
     BV: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, CAUSAL: tl.constexpr,
     CLOSE: tl.constexpr, PACKED: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr,
 ):  # fmt: skip
-    """dq and delta, and dbias [B, H / GROUP, Nq, S, parts] of each tile of keys, or of each key where a tile has several
-    blocks; programs as in `forward`."""
+    """dq; delta; norms, the lse in units of log 2 (inf where nothing is seen); dbias [B, TILES, Nq, S, SUMS] of each
+    tile of keys, or of each key where a tile has several blocks. Programs as in `forward`."""
     layout = (starts, firsts, cu_seqlens, q_owners, q_firsts, k_owners, k_firsts, Tq, Tk)
-    b, r, n, head, base, cell, known, pq, count, at, k_row, k_count = query_tile(
+    part, b, r, n, head, base, cell, known, pq, count, at, k_row, k_count = query_tile(
         layout, B, Nq, H, M, GROUP, PACKED, BM
     )
     queries = load_cells(q, base, cell, known, K, BK).to(DT)
@@ -152,6 +155,7 @@ def query_gradients(
         change -= tl.load(dlse + base + cell, mask=known, other=0.0)
     norm = load_norm(lse + base + cell, known)
     change = tl.where(norm == float("inf"), 0.0, change)
+    tl.store(norms + base + cell, norm, mask=known)
     tl.store(delta + base + cell, change, mask=known)
     own = head // (H // HS)
     line = (b * HS + own).to(tl.int64) * Nq + r
@@ -162,10 +166,11 @@ def query_gradients(
         columns_at = columns + (n * HS + own).to(tl.int64) * C
         column_counts += n * HS + own
         is_column_at = is_column + (b * HS + own).to(tl.int64) * Tk + (k_row - b * Tk)
-    PARTS: tl.constexpr = BLOCK // BN if BLOCK % BN == 0 else BLOCK
+    SUMS: tl.constexpr = BLOCK // BN if BLOCK % BN == 0 else BLOCK
+    TILES: tl.constexpr = H // GROUP * ((M * GROUP + BM - 1) // BM)
     if bias is not None:
         bias_at = bias + line * S
-        dbias += ((b * (H // GROUP) + head // GROUP).to(tl.int64) * Nq + r) * S * PARTS
+        dbias += ((b * TILES + part).to(tl.int64) * Nq + r) * S * SUMS
     total = tl.load(meta)
     k += k_row.to(tl.int64) * (HK * K) + head // (H // HK) * K
     v += k_row.to(tl.int64) * (HK * V) + head // (H // HK) * V

@@ -81,22 +81,23 @@ def extend(
     k has `row` numbers from one row of the batch to the next."""
     head, b = tl.program_id(0) % H, (tl.program_id(0) // H).to(tl.int64)
     at = tl.load(positions + b)
-    piece, before = at // size, (at % size).to(tl.int32)
+    piece, before = tl.maximum(at, 0) // size, (tl.maximum(at, 0) % size).to(tl.int32)
     c = tl.arange(0, BK)
-    seen = (c < K) & (at >= 0) & (piece < pieces)
+    limit = tl.where((at >= 0) & (piece < pieces), K, 0)
+    seen, old = c < limit, c < tl.where(before > 0, limit, 0)
     key = tl.load(k + b * row + head * K + c, mask=seen, other=0.0).to(tl.float32)
     width: tl.constexpr = K * (2 if SCORE == 1 else S)
     to = pooled + ((b * pieces + piece) * H + head) * width + c
     kind = pooled.dtype.element_ty
     if SCORE == 0:
-        mean = tl.load(to, mask=seen & (before > 0), other=0.0)
+        mean = tl.load(to, mask=old, other=0.0)
         tl.store(to, mean + (key - mean) / (before + 1).to(tl.float32), mask=seen)
     if SCORE == 1:
-        high = tl.load(to, mask=seen & (before > 0), other=-float("inf")).to(tl.float32)
-        low = tl.load(to + K, mask=seen & (before > 0), other=float("inf")).to(tl.float32)
+        high = tl.load(to, mask=old, other=-float("inf")).to(tl.float32)
+        low = tl.load(to + K, mask=old, other=float("inf")).to(tl.float32)
         tl.store(to, tl.maximum(high, key).to(kind), mask=seen)
         tl.store(to + K, tl.minimum(low, key).to(kind), mask=seen)
     if SCORE == 2:
         tl.store(to + before * K, key.to(kind), mask=seen)
-        for t in range(1, S):
-            tl.store(to + t * K, (key * 0.0).to(kind), mask=seen & (before == 0))
+        for t in range(1, tl.where(before > 0, 1, S)):
+            tl.store(to + t * K, (key * 0.0).to(kind), mask=seen)

@@ -22,22 +22,23 @@ SIZES = ["step", "Tq", "Tk", "blocks", "M", "block", "first", "count", "pieces",
 
 
 @triton.jit
-def load_tile(x, row, known, K: tl.constexpr, BK: tl.constexpr):
-    """[rows, BK] of rows that begin at `row`, a 64-bit offset."""
-    c = tl.arange(0, BK)
-    seen = known[:, None] if K == BK else known[:, None] & (c < K)[None, :]
+def load_tile(x, row, known, column, K: tl.constexpr, BK: tl.constexpr):
+    """[rows, BK] from `column` on, of rows of K numbers that begin at `row`, a 64-bit offset."""
+    c = column + tl.arange(0, BK)
+    seen = known[:, None] if K % BK == 0 else known[:, None] & (c < K)[None, :]
     return tl.load(x + row[:, None] + c[None, :], mask=seen, other=0.0)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def estimates(
-    q, pooled, scores, positions, starts, table, step, Tq, Tk, blocks, M, block, first, count, pieces, tiles, factor,
-    H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, MP: tl.constexpr, CAUSAL: tl.constexpr,
+    q, pooled, scores, positions, starts, table, step, Tq, Tk, blocks, M, block, first, count, pieces, width, tiles,
+    factor,
+    H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, MP: tl.constexpr, CAUSAL: tl.constexpr,
     BOUNDS: tl.constexpr, POOLED: tl.constexpr, PACKED: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """[B, H, count, n]. q is [B, Tq, H, K], or with POOLED [B, count, H, K]. A row is a query block and head; its MP
-    places (a power of two) are its queries."""
+    """[B, H, count, width]. q is [B, Tq, H, K], or with POOLED [B, count, H, K]. A row is a query block and head; its
+    MP places (a power of two) are its queries."""
     NB: tl.constexpr = BM // MP
     head, rest = tl.program_id(0) % (H // G), tl.program_id(0) // (H // G)
     column, rest = rest % tiles * BN, rest // tiles
@@ -53,23 +54,24 @@ def estimates(
     if (column < high) & (column + BN > low):
         known = live & (slot < size)
         at = b.to(tl.int64) * count + u // G if POOLED else token + slot
-        queries = load_tile(q, (at * H + head * G + u % G) * K, known, K, BK)
+        own = (at * H + head * G + u % G) * K
         c = column + tl.arange(0, BN)
-        width: tl.constexpr = 2 * K if BOUNDS else K
-        row = ((b.to(tl.int64) * pieces + c) * (H // G) + head) * width
-        keys = load_tile(pooled, row, c < pieces, K, BK).to(DT)
-        if BOUNDS:
-            least = load_tile(pooled, row + K, c < pieces, K, BK).to(DT)
-            queries = queries.to(tl.float32)
-            s = tl.dot(tl.maximum(queries, 0.0).to(DT), tl.trans(keys), input_precision=PRECISION)
-            s = tl.dot(tl.minimum(queries, 0.0).to(DT), tl.trans(least), s, input_precision=PRECISION)
-        else:
-            s = tl.dot(queries.to(DT), tl.trans(keys), input_precision=PRECISION)
+        row = ((b.to(tl.int64) * pieces + c) * (H // G) + head) * (2 * K if BOUNDS else K)
+        s = tl.zeros([BM, BN], tl.float32)
+        for d in range(0, K, BK):
+            queries = load_tile(q, own, known, d, K, BK)
+            keys = load_tile(pooled, row, c < pieces, d, K, BK).to(DT)
+            if BOUNDS:
+                least = load_tile(pooled, row + K, c < pieces, d, K, BK).to(DT)
+                queries = queries.to(tl.float32)
+                s = tl.dot(tl.minimum(queries, 0.0).to(DT), tl.trans(least), s, input_precision=PRECISION)
+                queries = tl.maximum(queries, 0.0)
+            s = tl.dot(queries.to(DT), tl.trans(keys), s, input_precision=PRECISION)
         if MP > 1:
             s = tl.max(tl.reshape(tl.where(known[:, None], s, -float("inf")), [NB, MP, BN]), 1)
-        own = unit + tl.arange(0, NB)
-        to = ((b * H + head * G + own % G).to(tl.int64) * count + own // G) * pieces
-        inside = (own < count * G)[:, None] & (c < pieces)[None, :]
+        line = unit + tl.arange(0, NB)
+        to = ((b * H + head * G + line % G).to(tl.int64) * count + line // G) * width
+        inside = (line < count * G)[:, None] & (c < width)[None, :]
         tl.store(scores + to[:, None] + c[None, :], s * factor, mask=inside)
 
 
@@ -116,14 +118,15 @@ def antidiagonal(
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """sums [B, H, count P, width] and tops [2, B, H, count P, tiles], maxima and sums of the row; `spread` apart. With
-    POOLED k is [B, n, H / G, S K]. A program for each tile of rows and columns, GROUP tiles of rows side by side."""
-    lines = tl.cdiv(count * P, BM)
+    POOLED k is [B, n, H / G, S K]. A program for each tile of rows and columns; GROUP tiles of rows, of all heads that
+    share keys, read the same tile of keys at about the same time."""
+    lines = tl.cdiv(count * P, BM) * G
     rest, pid = tl.program_id(0) // (lines * tiles), tl.program_id(0) % (lines * tiles)
-    head, b = rest % H, rest // H
     base = pid // (GROUP * tiles) * GROUP
     side = tl.minimum(lines - base, GROUP)
     line, tile = base + pid % (GROUP * tiles) % side, pid % (GROUP * tiles) // side
-    i = line * BM + tl.arange(0, BM)
+    head, b = rest % (H // G) * G + line % G, rest // (H // G)
+    i = line // G * BM + tl.arange(0, BM)
     layout = (positions, step, starts, table, Tq, Tk, blocks, M)
     token, have, last, length, start, bound = place_row(i, b, layout, block, first, count, S, P, CAUSAL, PACKED)
     BT: tl.constexpr = BN // EP  # blocks of a tile

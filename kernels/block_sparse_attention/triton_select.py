@@ -4,63 +4,30 @@ Shapes: B batch, Tq queries, Tk keys, H query heads, Hk key heads, Hs heads of t
 R of a slice, M queries of a block, P rows of one; Nk key blocks, W that a slice may see, n pieces of keys, S entries.
 """
 
-import importlib
-import importlib.util
 import struct
-from collections.abc import Iterator
 from dataclasses import dataclass
-from math import ceil
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from zoo.kernels import custom, dispatch, launch
+from zoo.kernels import custom, launch
 from zoo.kernels.block_sparse_attention.rows import query_blocks, rows
+from zoo.kernels.block_sparse_attention.triton_launch import (
+    Layout,
+    Part,
+    kind,
+    layout,
+    parts,
+    pool,
+    pool_keys,
+    reason,
+    start,
+    tile,
+)
 
-LIMIT = 3 << 27  # bytes of scores at a time
 LONGEST = 1 << 15  # blocks of a row
-INSTALLED = importlib.util.find_spec("triton") is not None
 LOG2E = 1.4426950408889634
-KINDS = {"mean": 0, "bounds": 1, "antidiagonal": 2}
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Where blocks of M tokens lie, as the kernels' `place` reads it."""
-
-    positions: Tensor | None
-    starts: Tensor | None
-    table: Tensor | None  # [5, blocks]
-    tq: int
-    tk: int
-    blocks: int
-    m: int
-
-    @property
-    def args(self) -> tuple[Any, ...]:
-        step = self.tq if self.positions is not None and self.positions.dim() == 2 else 0
-        return self.positions, self.starts, self.table, step, self.tq, self.tk, self.blocks, self.m
-
-
-@dataclass(frozen=True)
-class Part:
-    """Query blocks of one launch, and how many key blocks they may see."""
-
-    first: int
-    count: int
-    width: int
-
-
-def reason(q: Tensor) -> str | None:
-    """Why no kernel of selection can run, if none can."""
-    if not INSTALLED:
-        return "triton is not installed"
-    if dispatch.pinned() not in (None, "triton"):
-        return f"backend {dispatch.pinned()!r} is pinned"
-    if q.dtype == torch.float64:
-        return "its kernels compute in fp32 and the inputs are fp64"
-    return launch.device_reason(q)
 
 
 def supports(q: Tensor, k: Tensor, made: Any, pooled: Tensor | None, packed: bool) -> str | None:
@@ -77,76 +44,6 @@ def supports(q: Tensor, k: Tensor, made: Any, pooled: Tensor | None, packed: boo
         if made.block // made.stride > 64:
             return f"blocks go up to 64 tiles and they have {made.block // made.stride}"
     return reason(q)
-
-
-def layout(
-    x: Tensor, tk: int, m: int, q_positions: Tensor | None, starts: Tensor | None, cu_seqlens: Tensor | None,
-    block: int = 1,
-) -> Layout:  # fmt: skip
-    """Of blocks of M of x's tokens; `block` counts the key blocks of packed sequences."""
-    tq, table = x.shape[1], None
-    if cu_seqlens is not None:
-        found = rows(1, tq, m, None, cu_seqlens, x)
-        at = (torch.arange(found.first.shape[1], device=x.device) - found.first[0]) * m
-        counts = (cu_seqlens.long().diff() + block - 1) // block
-        first = (counts.cumsum(0) - counts)[found.sequence[0]]
-        table = torch.stack([found.begin[0] + at, found.known[0].sum(-1), at, found.length[0], first])
-    at_each = None if q_positions is None else q_positions.contiguous()
-    return Layout(at_each, starts, table, tq, tk, query_blocks(tq, m, cu_seqlens), m)
-
-
-def parts(blocks: int, size: int, multiple: int, where: Layout, block: int, width: int, causal: bool) -> Iterator[Part]:
-    """Slices of the query blocks of `size` bytes each; counts of more than `multiple` are whole multiples of it."""
-    most = max(1, LIMIT // size)
-    most = most // multiple * multiple if most > multiple else most
-    known = causal and where.positions is None and where.table is None
-    for first in range(0, blocks, most):
-        count = min(most, blocks - first)
-        last = max(where.tk - where.tq, 0) + (first + count) * where.m
-        yield Part(first, count, min(width, -(-last // block)) if known else width)
-
-
-def _start(name: str, programs: int, *args: Any, **options: Any) -> None:
-    file = {"choose": "topk", "pool": "place", "extend": "place"}.get(name, "scores")
-    kernels = importlib.import_module(f"zoo.kernels.block_sparse_attention.triton_{file}")
-    launch.start(getattr(kernels, name), (programs,), *args, **options)
-
-
-def _kind(dtype: torch.dtype) -> Any:
-    language = importlib.import_module("triton.language")
-    return language.bfloat16 if launch.operand_dtype(dtype) == torch.bfloat16 else language.float32
-
-
-def tile(size: int) -> int:
-    return 1 << (size - 1).bit_length()
-
-
-# ---- pooling ----------------------------------------------------------------------------------------------------
-def _pool(x: Tensor, where: Layout, score: str, dtype: torch.dtype, first: int, count: int) -> Tensor:
-    """[B, count, heads, F] of x [B, T, heads, K]."""
-    b, _, heads, width = x.shape
-    out = x.new_empty(b, count, heads, width * (2 if score == "bounds" else 1), dtype=dtype)
-    chosen = dict(launch.choice("block_select.pool", width, x))
-    chosen["BT"] = min(chosen["BT"], tile(where.m))
-    programs = b * count * -(-(heads * width) // chosen["BC"])
-    flags = (heads * width, width, score == "bounds", where.table is not None)
-    _start("pool", programs, x, out, *where.args, first, count, *flags, **chosen)
-    return out
-
-
-def _pool_keys(
-    k: Tensor, starts: Tensor | None, cu_seqlens: Tensor | None, score: str, size: int, dtype: torch.dtype
-) -> Tensor:
-    where = layout(k, k.shape[1], size, None, starts, cu_seqlens)
-    return _pool(k.contiguous(), where, score, dtype, 0, where.blocks)
-
-
-def _extend(pooled: Tensor, k: Tensor, positions: Tensor, score: str, size: int) -> tuple[()]:
-    b, pieces, heads, _ = pooled.shape
-    k, width = k if k[0].is_contiguous() else k.contiguous(), k.shape[3]
-    flags = (heads, width, size if score == "antidiagonal" else 1, launch.power(width), KINDS[score])
-    _start("extend", b * heads, pooled, k, positions.contiguous(), pieces, size, k.stride(0), *flags, num_warps=1)
-    return ()
 
 
 # ---- scores -----------------------------------------------------------------------------------------------------
@@ -202,7 +99,7 @@ class Scorer:
         assert pooled is not None
         groups, mean, queries = h // pooled.shape[2], self.score == "mean", self.q
         if mean and m > 1:
-            queries = _pool(self.q, self.where, "mean", torch.float32, part.first, part.count)
+            queries = pool(self.q, self.where, "mean", torch.float32, part.first, part.count)
         exact = torch.float32 if mean and torch.float32 in (queries.dtype, pooled.dtype) else self.q.dtype
         places = 1 if mean or m == 1 else max(16, tile(m))
         few = part.count * groups * places <= 16
@@ -212,9 +109,9 @@ class Scorer:
         tiles, units = -(-part.width // chosen["BN"]), -(-part.count * groups // (chosen["BM"] // places))
         numbers = (self.block, part.first, part.count, pooled.shape[1], part.width, tiles, self.factor)
         flags = (self.causal, not mean, mean and m > 1, self.where.table is not None)
-        _start(
+        start(
             "estimates", b * pooled.shape[2] * tiles * units, queries, pooled, memory, *self.where.args, *numbers,
-            *(h, groups, width, launch.power(width), places, *flags, _kind(exact), launch.precision(self.q.dtype)),
+            *(h, groups, width, places, *flags, kind(exact), launch.precision(self.q.dtype)),
             **chosen,
         )  # fmt: skip
         return memory
@@ -224,46 +121,32 @@ class Scorer:
         source, packed = self.k if self.pooled is None else self.pooled, self.where.table is not None
         chosen, each = self._tiles()
         lines, count = h * m // stride * part.count * b, -(-part.width // each)
-        sums, tops, weights = memory.split([lines * part.width, 2 * lines * count, memory.numel() - lines *
-                                            (part.width + 2 * count)])  # fmt: skip
+        # From multiples of 64 on: how an address is aligned is part of what a kernel is compiled for.
+        begin = -(-lines * part.width // 64) * 64
+        end = begin + -(-2 * lines * count // 64) * 64
+        sums, tops, weights = memory[:begin], memory[begin:end], memory[end:]
         spans = None
         if self.cu_seqlens is not None:
             found = rows(1, self.k.shape[1], self.block, None, self.cu_seqlens, self.k)
             spans = torch.stack([found.tokens[0, :, 0], found.known[0].sum(-1)])
         place, sizes = self.where.args, (self.block, part.first, part.count)
         programs = -(-part.count * (m // stride) // chosen["BM"]) * count * h * b
-        _start(
+        start(
             "antidiagonal", programs, self.q, source, sums, tops, *place[:3], spans, *place[3:], *sizes,
             *(source.shape[1], part.width, count, lines * count, self.factor * LOG2E, h, h // self.k.shape[2], width),
             *(stride, m // stride, tile(self.block // stride), self.pooled is not None, self.causal, packed),
-            *(_kind(self.q.dtype), launch.precision(self.q.dtype)), **chosen,
+            *(kind(self.q.dtype), launch.precision(self.q.dtype)), **chosen,
         )  # fmt: skip
         together = tile(h // self.lists * (m // stride))
-        _start(
+        start(
             "combine", b * self.lists * part.count, sums, tops, weights, *place, *sizes, part.width, count,
             *(lines * count, self.lists, h // self.lists, stride, m // stride, each, self.causal, packed, together),
-            max(16, min(256, 8192 // together)), num_warps=4,
+            max(16, min(256, 1024 // together)), num_warps=4,
         )  # fmt: skip
         return weights
 
 
 # ---- the choice -------------------------------------------------------------------------------------------------
-def _choose(
-    scores: Tensor, lists: Tensor, counts: Tensor, numbers: Tensor | None, where: Layout, part: Part, options: "Choice",
-    groups: int, shifted: bool, own: bool, softmax: bool,
-) -> None:  # fmt: skip
-    (b, hs, _, entries), block = lists.shape, tile(max(16, options.blocks))
-    chosen = launch.choice("block_select.choose", block, scores)
-    together = max(1, min(tile(groups), 2048 * chosen["num_warps"] // block))
-    high: float = struct.unpack("f", struct.pack("f", options.mass))[0]
-    _start(
-        "choose", b * hs * part.count, scores, lists, counts, numbers, *where.args, options.block, part.first,
-        *(part.count, part.width, entries, options.fixed, options.least, options.most, options.local, options.sink),
-        *(high, options.mass - high, hs, groups, options.causal, own, softmax, options.mass > 0.0, shifted),
-        *(where.table is not None, block, together), **chosen,
-    )  # fmt: skip
-
-
 @dataclass(frozen=True)
 class Choice:
     """How many blocks of each row are listed, and which must be."""
@@ -277,6 +160,23 @@ class Choice:
     least: int
     most: int
     mass: float  # 0 where it does not go by mass
+
+
+def _choose(
+    scores: Tensor, lists: Tensor, counts: Tensor, numbers: Tensor | None, where: Layout, part: Part, options: Choice,
+    groups: int, shifted: bool, own: bool, softmax: bool,
+) -> None:  # fmt: skip
+    (b, hs, _, entries), block = lists.shape, tile(max(16, options.blocks))
+    chosen = launch.choice("block_select.choose", block, scores)
+    # Heads at a time: up to 64 numbers of a thread, and half of all registers.
+    together = max(1, min(tile(groups), 2048 * chosen["num_warps"] // block, 32768 // block))
+    high: float = struct.unpack("f", struct.pack("f", options.mass))[0]
+    start(
+        "choose", b * hs * part.count, scores, lists, counts, numbers, *where.args, options.block, part.first,
+        *(part.count, part.width, entries, options.fixed, options.least, options.most, options.local, options.sink),
+        *(high, options.mass - high, hs, groups, options.causal, own, softmax, options.mass > 0.0, shifted),
+        *(where.table is not None, block, together), **chosen,
+    )  # fmt: skip
 
 
 def _select(
@@ -296,7 +196,7 @@ def _select(
         pooled = pooled.contiguous()
     elif score != "antidiagonal":
         dtype = torch.bfloat16 if score == "bounds" and q.dtype == torch.bfloat16 else torch.float32
-        pooled = _pool_keys(k, starts, cu_seqlens, score, choice.block, dtype)
+        pooled = pool_keys(k, starts, cu_seqlens, score, choice.block, dtype)
     else:
         k = k.contiguous()
     scorer = Scorer(
@@ -307,7 +207,7 @@ def _select(
     slices = list(parts(where.blocks, size, scorer.multiple, where, choice.block, scorer.columns, choice.causal))
     for part in slices:
         if memory is None:
-            memory = q.new_empty(max(x.count for x in slices) * size // 4, dtype=torch.float32)
+            memory = q.new_empty(max(x.count for x in slices) * size // 4 + 128, dtype=torch.float32)
         scores = scorer.run(part, memory)
         _choose(scores, lists, counts, numbers, where, part, choice, h // hs if softmax else 1,
                 cu_seqlens is not None, own, softmax)  # fmt: skip
@@ -329,18 +229,11 @@ def _given(
 
 PLACES = "Tensor? q_positions, Tensor? starts, Tensor? cu_seqlens, Tensor? numbers, "
 OPTIONS = "int block, int blocks, bool causal, int local, int sink, int fixed, int least, int most, float mass"
-SELECT = f"str score, bool each, int query_block, int stride, int entries, float factor, {OPTIONS}"
-select = custom.register(
-    "select_blocks", f"(Tensor q, Tensor k, Tensor? pooled, {PLACES}{SELECT}) -> (Tensor, Tensor)", _select
+SCORES = f"str score, bool each, int query_block, int stride, int entries, float factor, {OPTIONS}"
+SELECT = custom.register(
+    "select_blocks", f"(Tensor q, Tensor k, Tensor? pooled, {PLACES}{SCORES}) -> (Tensor, Tensor)", _select
 )
-choose = custom.register(
+CHOOSE = custom.register(
     "choose_blocks",
     f"(Tensor weights, Tensor q, {PLACES}int tk, int query_block, int entries, {OPTIONS}) -> (Tensor, Tensor)", _given,
 )  # fmt: skip
-pool_keys = custom.register(
-    "pool_keys",
-    "(Tensor k, Tensor? starts, Tensor? cu_seqlens, str score, int size, ScalarType dtype) -> Tensor", _pool_keys,
-)  # fmt: skip
-extend = custom.register(
-    "extend_pooled", "(Tensor(a!) pooled, Tensor k, Tensor positions, str score, int size) -> ()", _extend, ["pooled"]
-)

@@ -121,7 +121,7 @@ def next_entry(KIND: tl.constexpr, lists, i, edge, jump, S, BLOCK: tl.constexpr,
     """The listed block of tile i, where a tile has one block; read one tile ahead, so that nothing waits for it."""
     if KIND <= PARTLY and BLOCK % BN == 0:
         return tl.load(lists + tl.minimum(nth(i, edge, jump) // (BLOCK // BN), S - 1))
-    return i * 0
+    return tl.full([], 0, tl.int32)
 
 
 @triton.jit
@@ -207,9 +207,7 @@ def tidy(
     known, row = row < rows, tl.minimum(row, rows - 1)
     _, _, count, at, _, k_count = query_block_at(row // Nq // HS, row % Nq, layout, M, PACKED)
     last, limit = at + count - 1, k_count
-    if CAUSAL:
-        limit = tl.minimum(limit, at + 1 - window)
-    elif window > 0:
+    if CAUSAL or window > 0:
         limit = tl.minimum(limit, at + 1 - window)
     if COLUMNS:
         limit = limit * 0

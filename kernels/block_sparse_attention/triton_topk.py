@@ -4,7 +4,7 @@
 Numbers are compared as integers of the same order. Each step of a bisection counts, or by mass sums in fp64, what is at
 or above the middle; of equal numbers the first ones are chosen.
 
-Shapes: B batch, HS heads of the lists, G heads whose softmaxes are averaged; query blocks `first` on, `count` of them;
+Shapes: B batch, HS heads of the lists, G heads whose softmaxes are added; query blocks `first` on, `count` of them;
 a row of `width` numbers, in a tile of BLOCK; lists of up to `entries` blocks.
 """
 
@@ -37,10 +37,10 @@ def middle(low, high):
 def visible(c, p0, size, length, block, local, sink, CAUSAL: tl.constexpr, OWN: tl.constexpr):
     """Of blocks c: whether they may be listed, must be, and are scored (own ones, if causal, only with OWN)."""
     begin, end = p0 // block, (p0 + size - 1) // block
-    there = (c * block < length) & (size > 0)
+    there = c * block < tl.where(size > 0, length, 0)
     if CAUSAL:
         there = there & (c <= end)
-    kept = (c > begin - local) & (c < end + (1 if CAUSAL else local)) & (local > 0)
+    kept = (c > tl.where(local > 0, begin - local, HIGH)) & (c < end + (1 if CAUSAL else local))
     kept = there & (kept | (c < sink))
     scored = there
     if CAUSAL:
@@ -55,7 +55,7 @@ def visible(c, p0, size, length, block, local, sink, CAUSAL: tl.constexpr, OWN: 
 def row_weights(
     scores, c, scored, count, width, G: tl.constexpr, SOFTMAX: tl.constexpr, BLOCK: tl.constexpr, GB: tl.constexpr
 ):  # fmt: skip
-    """[BLOCK], 0 where not scored; with SOFTMAX over a row, the mean over the G heads, GB at a time."""
+    """[BLOCK], 0 where not scored; with SOFTMAX over a row, the sum over the G heads, GB at a time."""
     if SOFTMAX:
         weight = tl.zeros([BLOCK], tl.float32)
         for at in range(0, G, GB):
@@ -68,7 +68,6 @@ def row_weights(
             tile = tl.exp2((tile - tl.where(top == -float("inf"), 0.0, top)[:, None]) * LOG2E)
             total = tl.sum(tile, 1)
             weight += tl.sum(tile * tl.where(total > 0.0, 1.0 / tl.where(total > 0.0, total, 1.0), 0.0)[:, None], 0)
-        weight = weight / G
     else:
         weight = tl.load(scores + c, mask=scored, other=0.0)
     return weight
@@ -135,7 +134,8 @@ def choose(
     key = tl.where(others, ordered(weight), LOW)
     seen, forced = tl.sum(there.to(tl.int32), 0), tl.sum(kept.to(tl.int32), 0)
     if MASS:
-        wanted = count_by_mass(weight, key, others, kept, mass.to(tl.float64) + mass_rest.to(tl.float64))
+        share = tl.full([], 0.0, tl.float64) + mass + mass_rest
+        wanted = count_by_mass(weight, key, others, kept, share)
         wanted = tl.minimum(tl.maximum(wanted, least), most)
     elif numbers is not None:
         wanted = tl.load(numbers + seen)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from zoo_models import ROPES, WIDTH, stir
 
 from zoo import registry
+from zoo.architectures.core.cache import LayerCache
 from zoo.architectures.core.config import DecoderConfig
 from zoo.architectures.core.mixer import Context
 
@@ -33,6 +35,22 @@ def inputs(tokens: int = 11, batch: int = 2) -> tuple[Tensor, Context]:
     speeds = 10000.0 ** (-torch.arange(0, ROTATED, 2, dtype=torch.float64) / ROTATED)
     angles = (positions[..., None] * speeds).repeat(1, 1, 2)
     return x, Context(phase="train", positions=positions, ropes={"default": (angles.cos(), angles.sin())})
+
+
+def in_pieces(mixer: Any, x: Tensor, ctx: Any, sizes: tuple[int, ...]) -> Tensor:
+    """The outputs when the input comes in pieces of these sizes, over a cache."""
+    cache, outs, begin = LayerCache(), [], 0
+    for size in sizes:
+        part = slice(begin, begin + size)
+        ropes = {name: (cos[:, part], sin[:, part]) for name, (cos, sin) in ctx.ropes.items()}
+        phase: Any = "decode" if begin else "prefill"
+        with torch.no_grad():
+            outs.append(
+                mixer(x[:, part], replace(ctx, phase=phase, positions=ctx.positions[:, part], ropes=ropes), cache)
+            )
+        cache.advance(size)
+        begin += size
+    return torch.cat(outs, 1)
 
 
 def linear(x: Tensor, projection: Any) -> Tensor:

@@ -127,6 +127,8 @@ def test_a_saved_model_computes_the_same(model: ZooForMaskedLM, tmp_path: Path) 
 
 
 def test_low_precision_stays_near(model: ZooForMaskedLM, tmp_path: Path) -> None:
+    if any(block.mixer.chooses for block in model.model.layers):
+        pytest.skip("which tokens are read depends on the rounding")
     ids = draw(2, 13)
     expected = forward(model, ids)
     model.save_pretrained(tmp_path)

@@ -8,7 +8,7 @@ from select_calls import SCALE, STRIDE, choose, inputs
 
 from zoo.kernels.block_sparse_attention import block_sparse_attention, query_blocks, select
 from zoo.kernels.block_sparse_attention.budget import BudgetSchedule
-from zoo.kernels.block_sparse_attention.scores import SCORES, pool_keys
+from zoo.kernels.block_sparse_attention.scores import SCORES, extend_pooled, pool_keys
 from zoo.kernels.block_sparse_attention.select import choose_blocks, refine, select_blocks
 
 BUDGETS = [
@@ -231,3 +231,69 @@ def test_refine():
     assert blocks.tolist() == [[[[6, 7, 8, 0, 1, 2]]]] and counts.tolist() == [[[3]]]
     negative, none = refine(torch.tensor([-1]), None, 2)
     assert (negative < 0).all() and none is None
+
+
+def test_lists_ascend_and_name_no_later_block():
+    """Sink blocks that begin after the queries are not listed either."""
+    blocks, counts = select_blocks(**inputs(64), budget=2, query_block=16, block=16, sink=3)
+    assert blocks[0, 0].tolist() == [[0, -1, -1, -1], [0, 1, -1, -1], [0, 1, 2, -1], [0, 1, 2, 3]]
+    assert counts[0, 0].tolist() == [1, 2, 3, 4]
+    blocks, _ = select_blocks(**inputs(80), budget=4, query_block=16, block=8)
+    assert (blocks[:, :, 4].diff() > 0).all()
+
+
+def test_packed_without_tokens():
+    none = {name: x[:, :0] for name, x in inputs(1, b=1).items()}
+    options = {"cu_seqlens": torch.tensor([0, 0, 0], dtype=torch.int32), "query_block": 16, "block": 16, "budget": 2}
+    for found in (select_blocks(**none, **options), choose_blocks(torch.zeros(1, 2, 2, 0).double(), **none, **options)):
+        assert found[0].tolist() == [[[[-1]] * 2] * 2] and found[1].tolist() == [[[0] * 2] * 2]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("score", SCORES)
+def test_new_keys_extend_pooled_ones(score, dtype):
+    k, size = torch.randn(2, 9, 2, 5, dtype=dtype), 4
+    options = {"size": size, "score": score}
+    own = {} if score == "mean" else {"dtype": dtype}
+    pooled = torch.full_like(pool_keys(k, **options, **own), torch.nan)
+    for i in range(9):
+        extend_pooled(pooled, k[:, i : i + 1], torch.tensor([i, i - 2]), **options)
+    extend_pooled(pooled, k[:, :1], torch.tensor([-1, 12]), **options)
+    for row, length in ((0, 9), (1, 7)):
+        want = pool_keys(k[row : row + 1, 9 - length :], **options, **own)
+        error = {"rtol": 1e-6, "atol": 1e-6} if score == "mean" else {"rtol": 0, "atol": 0}
+        torch.testing.assert_close(pooled[row, : want.shape[1]], want[0], **error)
+        assert pooled[row, want.shape[1] :].isnan().all()
+
+
+def test_bounds_of_bf16_keys_are_exact_in_bf16():
+    k = torch.randn(1, 40, 2, 6).bfloat16()
+    pooled = pool_keys(k, size=8, score="bounds", dtype=torch.bfloat16)
+    assert pooled.dtype == torch.bfloat16 and torch.equal(pooled.float(), pool_keys(k, size=8, score="bounds"))
+    options = {"query_block": 1, "block": 8, "score": "bounds", "budget": 3}
+    q = torch.randn(1, 40, 4, 6).bfloat16()
+    found = select_blocks(q, k, pooled=pooled, **options)
+    assert all(torch.equal(x, y) for x, y in zip(found, select_blocks(q, k, **options), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"pooled": torch.zeros(2, 3, 2, 7)}, "pooled has shape"),
+        ({"pooled": torch.zeros(2, 3, 2, 6).bfloat16()}, "pooled has dtype torch.bfloat16; means must"),
+        ({"pooled": torch.zeros(2, 3, 2, 6).half()}, "pooled has dtype torch.float16"),
+        ({"pooled": torch.zeros(2, 3, 6, 2).transpose(2, 3)}, "pooled is not contiguous"),
+        ({"k": torch.zeros(2, 2, 2, 6).bfloat16()}, "k has shape"),
+        ({"positions": torch.zeros(1, dtype=torch.int64)}, "positions has shape"),
+        ({"score": "max"}, "score is 'max'"),
+        ({"size": 0}, "size is 0"),
+    ],
+    ids=str,
+)
+def test_bad_extensions_are_named(change, message):
+    pooled, k = torch.zeros(2, 3, 2, 6), torch.zeros(2, 1, 2, 6).bfloat16()
+    arguments = {"pooled": pooled, "k": k, "positions": torch.zeros(2, dtype=torch.int64), "size": 4} | change
+    with pytest.raises(ValueError, match=message):
+        extend_pooled(**arguments)
+    with pytest.raises(ValueError, match="dtype is torch.float16"):
+        pool_keys(k, size=4, dtype=torch.float16)

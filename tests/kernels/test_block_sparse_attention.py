@@ -40,6 +40,13 @@ def test_equals_naive_softmax(backend, mask, query_block, block, heads, evaluate
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_large_blocks(backend, evaluate, assert_close):
+    tensors, given = lists(inputs(9, 600), 1, 256, heads=4, entries=2, bias=True)
+    expected = evaluate(lambda **x: naive(**x, **given), tensors)
+    assert_close(evaluate(block_sparse_attention, tensors, backend=backend, return_lse=True, **given), expected, 1e-10)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("mask", MASKS, ids=str)
 @pytest.mark.parametrize(("query_block", "block"), SIZES[1::3])
 def test_padded_rows_and_positions(backend, mask, query_block, block, evaluate, assert_close):

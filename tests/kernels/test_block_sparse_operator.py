@@ -10,7 +10,9 @@ from zoo.kernels.block_sparse_attention import block_sparse_attention
 
 BAD = [
     ({"block": 8}, "block is 8; it must be 1 or an integer of 16 to 128"),
+    ({"block": 200}, "block is 200; it must be 1 or an integer of 16 to 128, or a multiple of 128 up to 4096"),
     ({"query_block": 129}, "query_block is 129"),
+    ({"query_block": 256}, "query_block is 256"),
     ({"query_block": True}, "query_block is True"),
     ({"window": -1}, "window is -1"),
     ({"sink_tokens": 1.5}, "sink_tokens is 1.5"),

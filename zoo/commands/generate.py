@@ -33,5 +33,6 @@ def stream(name: str, prompt: str, *, max_new_tokens: int, temperature: float, t
 def load(name: str) -> Any:
     """The model in evaluation mode: on a GPU in its own dtype if there is one, else in fp32."""
     gpu = torch.cuda.is_available()
-    model = loading.from_pretrained(name, **({} if gpu else {"dtype": torch.float32}))
+    options: dict[str, Any] = {} if gpu else {"dtype": torch.float32}
+    model = loading.from_pretrained(name, **options)
     return model.to("cuda" if gpu else "cpu").eval()

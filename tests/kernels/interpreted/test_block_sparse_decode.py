@@ -60,13 +60,13 @@ def test_blocks_and_masks(check, block, mask):
 
 
 @pytest.mark.parametrize("block", [256, 384])
-def test_blocks_of_many_tiles(check, monkeypatch, block):
+def test_large_blocks(check, monkeypatch, block):
     monkeypatch.setattr(launch, "choice", lambda *_: TILES | {"BN": 128, "KEYS": 256})
     tensors = inputs(2 * block - 30)
     check(tensors, **lists(tensors, block, 2))
 
 
-@pytest.mark.parametrize("compared", [0, 1 << 14])
+@pytest.mark.parametrize("compared", [0, 1 << 15])
 @pytest.mark.parametrize("block", [1, 16])
 def test_repeated_entries_count_once_with_the_first_bias(check, monkeypatch, compared, block):
     """Compared in the kernel or cleaned before, int32 or int64, some beyond the counts."""
@@ -99,7 +99,8 @@ def test_positions_and_padded_rows(check, mask, places):
 def test_some_queries_each_with_a_list(check, first):
     """Lists count from the first query that is no padding."""
     tensors = inputs(33, tq=3)
-    check(tensors, **lists(tensors, 16, 2), q_positions=first + torch.arange(3), window=2)
+    made = lists(tensors, 16, 2, counts=torch.tensor([[[2, 1, 0]]]))
+    check(tensors, **made, q_positions=first + torch.arange(3))
 
 
 def test_one_query_of_a_large_block(check):
@@ -130,15 +131,15 @@ def test_strided_caches_are_read_in_place(check):
         check(tensors | {name: x[:, :, 5:53, :16].transpose(1, 2) for name, x in wide.items()}, **made)
 
 
+def test_more_parts_than_are_merged_at_once(check):
+    """The later ones weigh more."""
+    entries = torch.arange(20).expand(1, 1, 1, -1)
+    check(inputs(640, h=1), query_block=1, block=32, blocks=entries, bias=0.3 * entries)
+
+
 def test_nothing_seen():
     o, lse = run(inputs(20) | {"query_block": 1, "block": 16, "blocks": torch.tensor([[[[-1, 9]]]])})
     assert not o.any() and (lse == -torch.inf).all()
-
-
-def test_many_parts_grow(check, monkeypatch):
-    monkeypatch.setattr(triton_decode, "PARTS", 2)
-    tensors = inputs(100)
-    check(tensors, **lists(tensors, 16, 6))
 
 
 def test_result_does_not_depend_on_the_batch():
