@@ -39,8 +39,10 @@ class Layout:
         if ends is None:
             starts, firsts = call.starts, call.q_positions
             if firsts is not None:
-                firsts = _small(firsts[..., 0].expand(b))
-            return cls(None if starts is None else starts.int(), firsts, None, None, None, None, None, count)
+                firsts = _small(firsts[..., 0].expand(b)).contiguous()
+            return cls(
+                None if starts is None else starts.int().contiguous(), firsts, None, None, None, None, None, count
+            )
         sides = (_blocks(ends, size, n) for size, n in ((call.query_block, query_blocks(tq, call.query_block, ends)),
                                                         (call.block, count)))  # fmt: skip
         (q_owners, q_firsts), (k_owners, k_firsts) = sides
@@ -84,7 +86,7 @@ class Plan:
         if call.counts is not None:
             unread = torch.arange(s, device=blocks.device) >= call.counts[..., None]
             blocks = blocks.masked_fill(unread, -1)
-        ordered, order = blocks.sort(stable=True)
+        ordered, order = blocks.contiguous().sort(stable=True)
         lists, meta = torch.empty_like(ordered), ordered.new_empty(b, hs, count, 3)
         places = None if call.bias is None else torch.zeros_like(order)
         wide = min(launch.power(s), ENTRIES)
