@@ -18,16 +18,35 @@ _EXPORTS = {
     "save": "zoo.loading",
     "convert": "zoo.conversion.core.convert",
     "evaluate": "zoo.evals.core.runner",
+    "select": "zoo.selection",
+    "verify": "zoo.conversion.core.verification",
+    "export": "zoo.conversion.core.export.export",
     "ZooError": "zoo.errors",
 }
 
-__all__ = ["ZooError", "config", "convert", "create", "evaluate", "from_pretrained", "list", "save", "tokenizer"]
+__all__ = [
+    "ZooError",
+    "config",
+    "convert",
+    "create",
+    "evaluate",
+    "export",
+    "from_pretrained",
+    "list",
+    "save",
+    "select",
+    "tokenizer",
+    "verify",
+]
 
 if TYPE_CHECKING:
     from zoo.conversion.core.convert import convert
+    from zoo.conversion.core.export.export import export
+    from zoo.conversion.core.verification import verify
     from zoo.errors import ZooError
     from zoo.evals.core.runner import evaluate
     from zoo.loading import config, create, from_pretrained, save, tokenizer
+    from zoo.selection import select
 
 
 def list(kind: str = "architectures") -> list[str]:  # type: ignore[valid-type]

@@ -139,6 +139,22 @@ def heal(
     print(f"wrote {out}: {report}")
 
 
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(help="Registered name, directory or hub id.")],
+    out: Annotated[Path, typer.Argument(help="Directory to write; it must not exist.")],
+    to: Annotated[
+        str, typer.Option(help="native: a class of transformers that fits; the name of one; or remote-code.")
+    ] = "native",
+    max_shard_size: Annotated[str, typer.Option(help="Such as 500MB.")] = "5GB",
+) -> None:
+    """Write a checkpoint that transformers loads without this library."""
+    quiet()
+    from zoo.commands.export import run
+
+    print(run(model, out, to, max_shard_size))
+
+
 @app.command("eval")
 def evaluate(
     model: Annotated[str, typer.Argument(help="Registered name, directory or hub id.")],
@@ -165,6 +181,52 @@ def evaluate(
     show(table([(model, results)]))
     if out is not None:
         print(f"wrote {out}")
+
+
+@app.command()
+def select(
+    teacher: Annotated[str, typer.Argument(help="Registered name, directory or hub id of a softmax model.")],
+    keep: Annotated[int, typer.Option(help="Layers that are to keep their attention.")],
+    bank: Annotated[Path | None, typer.Option(help="Conversion of all layers, its mixers aligned.")] = None,
+    data: Annotated[str | None, typer.Option(help="Text file (.txt, .md or .xz).")] = None,
+    out: Annotated[Path, typer.Option(help="Directory to write; it must not exist.")] = Path("zoo-selection"),
+    by: Annotated[str | None, typer.Option(help="Method that decides; swap_recall with a bank, else heads.")] = None,
+    methods: Annotated[str | None, typer.Option(help="Comma-separated methods; all that can run by default.")] = None,
+    samples: Annotated[int, typer.Option(help="Lists of keys and values, and windows of text.")] = 16,
+    pairs: Annotated[int, typer.Option(help="Pairs in a list.")] = 24,
+    length: Annotated[int, typer.Option(help="Tokens of a window of text.")] = 512,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from OUT.partial.")] = False,
+) -> None:
+    """Rank the layers of a model by how much they need their attention."""
+    quiet()
+    from zoo.commands.select import notes, table
+    from zoo.selection import select as run
+
+    options = dict(bank=bank, data=data, by=by, methods=names_in(methods), samples=samples, pairs=pairs, length=length)
+    found = run(teacher, out, keep=keep, resume=resume, **options)  # type: ignore[arg-type]
+    show_table(("method", "keep", "ranking (score)"), table(found))
+    print("\n".join([*notes(found, teacher), f"wrote {out}"]))
+
+
+@app.command()
+def verify(
+    out: Annotated[Path, typer.Argument(help="Directory that `zoo convert` or `zoo heal` wrote.")],
+    source: Annotated[str | None, typer.Option(help="Where its source lies now; by default as recorded.")] = None,
+    data: Annotated[str | None, typer.Option(help="Text to measure on (.txt, .md or .xz).")] = None,
+    report: Annotated[Path | None, typer.Option(help="Directory for JSON file and page; OUT by default.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check a converted model against its source, and say what each of its new layers does."""
+    quiet()
+    from zoo.conversion.core.verification import verify as run
+
+    checks = run(out, source, data=data, report=report or out)
+    if as_json:
+        show_json(checks)
+    else:
+        show_table(("check", "passed", "details"), [check_row(name, check) for name, check in checks.items()])
+        print(f"wrote {(report or out) / 'verification.json'} and verification.html")
+    raise typer.Exit(1 if any(check["passed"] is False for check in checks.values()) else 0)
 
 
 @app.command()
@@ -308,7 +370,7 @@ def plan_row(row: Any) -> tuple[str, ...]:
 
 
 def check_row(name: str, check: dict[str, Any]) -> tuple[str, ...]:
-    passed = {True: "yes", False: "no", None: "not run"}[check["passed"]]
+    passed = {True: "yes", False: "no"}.get(check["passed"], "not run" if check.get("reason") else "measured")
     return name, passed, short({key: item for key, item in check.items() if key != "passed" and item})
 
 

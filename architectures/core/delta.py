@@ -42,5 +42,9 @@ def published_rates(heads: int) -> Tensor:
 
 def published_steps(count: int) -> Tensor:
     """`dt_bias [count]` whose softplus is log-uniform in [1e-3, 0.1]."""
-    dt = torch.empty(count).uniform_(math.log(1e-3), math.log(0.1)).exp()
-    return dt + torch.log(-torch.expm1(-dt))
+    return inverse_softplus(torch.empty(count).uniform_(math.log(1e-3), math.log(0.1)).exp())
+
+
+def inverse_softplus(x: Tensor) -> Tensor:
+    """`y` with `softplus(y) = x`."""
+    return x + torch.log(-torch.expm1(-x))

@@ -9,8 +9,8 @@ published `config.json`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from zoo import registry
 from zoo.architectures.core.checkpoint import Checkpoint
-from zoo.architectures.core.config import DecoderConfig
+from zoo.architectures.core.config import DecoderConfig, Layer
 from zoo.architectures.core.hub import one_line
 from zoo.architectures.core.operations import Operation
 from zoo.architectures.core.rules import Rule, Step, duplicates, steps
@@ -172,23 +172,44 @@ def _ours(checkpoint: Checkpoint) -> Canonical:
 
 def equivalent(first: DecoderConfig, second: DecoderConfig) -> bool:
     """Whether two decoders compute the same, though one may spell out defaults that the other leaves out."""
-    return _spelled(first) == _spelled(second)
+    return not differences(first, second)
 
 
-def _spelled(decoder: DecoderConfig) -> tuple[Any, ...]:
-    def parsed(kind: str, name: str | None, args: Mapping[str, Any]) -> Any:
-        return None if name is None else (name, registry.get(kind, name, "MODULE").parse(args))
-
-    layers = [
-        (
-            parsed("mixers", layer.mixer, layer.mixer_args),
-            parsed("channels", layer.channel, layer.channel_args),
-            parsed("blocks", layer.block, layer.block_args),
-            dict(layer.share),
-        )
-        for layer in decoder.layers
+def differences(wanted: DecoderConfig, possible: DecoderConfig) -> list[str]:
+    """What `wanted` has otherwise than `possible`, the nearest that a format can say: a phrase for each field."""
+    found = [
+        f"{f.name} is {mine!r}, not {theirs!r}"
+        for f in fields(DecoderConfig)
+        if f.name != "layers" and (mine := getattr(wanted, f.name)) != (theirs := getattr(possible, f.name))
     ]
-    return replace(decoder, layers=()), layers
+    if len(wanted.layers) != len(possible.layers):
+        return [*found, f"layers are {len(wanted.layers)}, not {len(possible.layers)}"]
+    layers: dict[str, list[int]] = {}
+    for index, pair in enumerate(zip(wanted.layers, possible.layers, strict=True)):
+        for phrase in _layer_differences(*pair):
+            layers.setdefault(phrase, []).append(index)
+    return found + [f"{_named(which)} {phrase}" for phrase, which in layers.items()]
+
+
+def _named(layers: Sequence[int]) -> str:
+    whole = len(layers) > 2 and layers[-1] - layers[0] == len(layers) - 1
+    text = f"{layers[0]} to {layers[-1]}" if whole else ", ".join(map(str, layers))
+    return f"layer{'s' if len(layers) > 1 else ''} {text}"
+
+
+def _layer_differences(wanted: Layer, possible: Layer) -> Iterator[str]:
+    for kind in ("mixer", "channel", "block"):
+        mine, theirs = getattr(wanted, kind), getattr(possible, kind)
+        if mine != theirs:
+            yield f"is {mine}, not {theirs}"
+        elif mine is not None:
+            parse = registry.get(f"{kind}s", mine, "MODULE").parse
+            first, second = (vars(parse(getattr(layer, f"{kind}_args"))) for layer in (wanted, possible))
+            found = [f"{name} {a!r}, not {second[name]!r}" for name, a in first.items() if a != second[name]]
+            if found:
+                yield f"({mine}) has {', '.join(found)}"
+    if dict(wanted.share) != dict(possible.share):
+        yield "shares weights with others"
 
 
 def _check_duplicates(checkpoint: Checkpoint, rules: Sequence[Rule]) -> None:

@@ -92,7 +92,7 @@ def check_width(conv: int, activation: str | None) -> None:
 @dataclass(frozen=True, kw_only=True)
 class ProjectionArgs(mixer.Args):
     """Arguments of a mixer with attention's projections: head sizes (`value_dim` defaults to `head_dim`), and softmax
-    attention's biases, `qk_norm` and `rope`."""
+    attention's biases, `qk_norm` (per head, or over all heads if `qk_norm_full`) and `rope`."""
 
     heads: int
     head_dim: int
@@ -102,6 +102,7 @@ class ProjectionArgs(mixer.Args):
     v_bias: bool = False
     o_bias: bool = False
     qk_norm: str | None = None
+    qk_norm_full: bool = False
     qk_norm_eps: float = 1e-6
     rope: str | None = None
 
@@ -114,25 +115,32 @@ class ProjectionArgs(mixer.Args):
 def projection_args(spec: AttentionSpec, heads: int) -> dict[str, Any]:
     """`ProjectionArgs` of `heads` heads that take over the attention of `spec`."""
     biases = {"q_bias": spec.q_bias, "k_bias": spec.k_bias, "v_bias": spec.v_bias, "o_bias": spec.o_bias}
-    rotation = {"qk_norm": spec.qk_norm, "qk_norm_eps": spec.norm_eps, "rope": spec.rope}
-    return {"heads": heads, "head_dim": spec.head_dim, **biases, **rotation}
+    return {"heads": heads, "head_dim": spec.head_dim, **biases, **rotation_args(spec)}
+
+
+def rotation_args(spec: AttentionSpec) -> dict[str, Any]:
+    """The arguments that `RotatedKeys.make_rotation` reads, as in the attention of `spec`."""
+    norm = {"qk_norm": spec.qk_norm, "qk_norm_full": bool(spec.args.get("qk_norm_full")), "qk_norm_eps": spec.norm_eps}
+    return {**norm, "rope": spec.rope}
 
 
 class RotatedKeys(Mixer):
     """A mixer whose queries and keys may carry attention's qk-norm and RoPE, so that attention transfers exactly."""
 
-    def make_rotation(self, config: DecoderConfig, args: Any, key_dim: int) -> None:
-        """Norms `q_norm`, `k_norm` and the rotary pairing, as `args` (qk_norm, qk_norm_eps, rope) say."""
+    def make_rotation(self, config: DecoderConfig, args: Any, heads: int, key_dim: int) -> None:
+        """Norms `q_norm`, `k_norm` and the rotary pairing, as `args` (qk_norm, qk_norm_full, qk_norm_eps, rope) say."""
         self.rope: str | None = args.rope
         self.pairing = config.ropes[args.rope].pairing if args.rope else "half"
-        self.normed = args.qk_norm is not None
+        self.normed, self.normed_whole = args.qk_norm is not None, args.qk_norm_full
         if self.normed:
-            norm = Norm(kind=args.qk_norm, eps=args.qk_norm_eps)
-            self.q_norm, self.k_norm = make_norm(norm, key_dim), make_norm(norm, key_dim)
+            norm, width = Norm(kind=args.qk_norm, eps=args.qk_norm_eps), key_dim * (heads if args.qk_norm_full else 1)
+            self.q_norm, self.k_norm = make_norm(norm, width), make_norm(norm, width)
 
     def rotated(self, q: Tensor, k: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
         """`q, k [B, T, H, K]` after qk-norm and RoPE."""
-        if self.normed:
+        if self.normed and self.normed_whole:
+            q, k = (norm(x.flatten(-2)).view_as(x) for norm, x in ((self.q_norm, q), (self.k_norm, k)))
+        elif self.normed:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.rope is not None:
             table = ctx.ropes[self.rope]
@@ -153,7 +161,7 @@ class Projected(RotatedKeys):
         self.k_proj = nn.Linear(width, keys, bias=args.k_bias)
         self.v_proj = nn.Linear(width, values, bias=args.v_bias)
         self.o_proj = nn.Linear(values, width, bias=args.o_bias)
-        self.make_rotation(config, args, args.head_dim)
+        self.make_rotation(config, args, args.heads, args.head_dim)
 
     def expanded_qkv(self, x: Tensor, ctx: Context) -> tuple[Tensor, Tensor, Tensor]:
         q, k = (grouped(projection(x), self.heads) for projection in (self.q_proj, self.k_proj))

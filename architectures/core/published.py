@@ -9,12 +9,12 @@ from typing import Any
 
 from zoo import registry
 from zoo.architectures.core.config import DecoderConfig, Rope
-from zoo.architectures.core.formats import equivalent
+from zoo.architectures.core.formats import differences
+from zoo.architectures.core.rope import TYPES, check_long_rope
 from zoo.architectures.core.rules import Rule, alias, drop, rename, stack
 from zoo.errors import ZooError
 
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
-STRETCHED = ("llama3", "yarn")  # rope types that know the length before stretching
+STRETCHED = ("llama3", "yarn", "longrope")  # rope types that know the length before stretching
 ACTIVATION_NAMES = {
     "silu": "silu",
     "swish": "silu",
@@ -97,20 +97,23 @@ def rope(config: Mapping[str, Any], head_dim: int, pairing: str = "half", partia
     `partial` is the rotated share of a head where the config names none.
 
     Raises:
-        ZooError: a rope type other than default, linear, llama3 and yarn.
+        ZooError: a rope type that we do not have, or a longrope without its factors.
     """
     given = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
     theta = given.pop("rope_theta", None) or config.get("rope_theta") or 10000.0
     kind = given.pop("rope_type", None) or given.pop("type", None) or "default"
     given.pop("type", None)
     share = given.pop("partial_rotary_factor", None) or config.get("partial_rotary_factor") or partial
-    require({**config, "rope_type": kind}, "rope_type", ROPE_TYPES, "default")
+    require({**config, "rope_type": kind}, "rope_type", TYPES, "default")
     if kind in STRETCHED:
         name = "original_max_position_embeddings"  # outside the rope's parameters it wins, as in transformers
         inside = given.get(name) or config.get("max_position_embeddings", 2048)
         given[name] = config.get(name) or inside
     scaling = {} if kind == "default" else {"rope_type": kind, **given}
-    return Rope(dim=int(head_dim * share), theta=float(theta), scaling=scaling, pairing=pairing)
+    table = Rope(dim=int(head_dim * share), theta=float(theta), scaling=scaling, pairing=pairing)
+    if kind == "longrope":
+        check_long_rope(table)
+    return table
 
 
 def rope_parameters(table: Rope, head_dim: int | None = None) -> dict[str, Any]:
@@ -127,8 +130,8 @@ def confirm(
     Raises:
         ZooError: the format cannot express `decoder`.
     """
-    if not equivalent(read(config), decoder):
-        raise ZooError(f"{config['model_type']} cannot express this model (embedding, head, norms, masks or ropes)")
+    if found := differences(decoder, read(config)):
+        raise ZooError(f"{config['model_type']} cannot express this model: {'; '.join(found)}")
     return config
 
 

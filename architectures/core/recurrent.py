@@ -18,14 +18,13 @@ from zoo.architectures.core.cache import LayerCache
 from zoo.architectures.core.cache_view import CacheView
 from zoo.architectures.core.config import UNWEIGHTED, DecoderConfig
 from zoo.architectures.core.mixer import Context, wide_dtype
-from zoo.architectures.core.plan import AttentionSpec, Row
+from zoo.architectures.core.plan import AttentionSpec, Init, Row
 from zoo.errors import ZooError
 from zoo.kernels.scan import scan, scan_step
 from zoo.kernels.short_conv import short_conv
 
 # attention options that change queries, keys or outputs in ways that other mixers have no parameter for
 UNTRANSFERRED = (
-    "qk_norm_full",
     "qk_norm_after_rope",
     "sink_logits",
     "output_gate",
@@ -140,6 +139,13 @@ class ConvStates(nn.Module):
         return sum(self.channels.values()) * self.width * itemsize
 
 
+def identity_convs(spec: AttentionSpec, names: Sequence[str], channels: int) -> tuple[Init, ...]:
+    """Short convolutions `convs.{name}` that change nothing at the start, of width `conv` if that is wanted, else 4."""
+    width = int(spec.wanted.get("conv", 4))
+    made = (Init(target=f"convs.{name}", shape=(channels, width), kind="identity_conv") for name in names)
+    return tuple(made) if width else ()
+
+
 def transferred_rows(spec: AttentionSpec, heads: tuple[int, ...] | None = None) -> tuple[Row, ...]:
     """q, k, v, o (and q/k norms) of attention for a mixer whose every head has its own keys and values.
 
@@ -159,9 +165,26 @@ def transferred_rows(spec: AttentionSpec, heads: tuple[int, ...] | None = None) 
         rows.append(Row(source="o_proj.weight", target="o_proj.weight", operation="select_heads", options=options))
     if spec.o_bias:
         rows.append(Row(source="o_proj.bias", target="o_proj.bias"))
-    if spec.qk_norm not in (None, *UNWEIGHTED):
-        rows += [Row(source=f"{n}.weight", target=f"{n}.weight") for n in ("q_norm", "k_norm")]
-    return tuple(rows)
+    return *rows, *_norm_rows(spec, heads)
+
+
+def _norm_rows(spec: AttentionSpec, heads: tuple[int, ...] | None) -> list[Row]:
+    """The norm of all keys at once is that of its repeated heads: each counts as often as any other."""
+    full = bool(spec.args.get("qk_norm_full"))
+    if full and heads is not None:
+        raise ZooError(
+            "the source's attention uses qk_norm_full, one norm for all heads of a layer; keep or convert all"
+        )
+    if spec.qk_norm in (None, *UNWEIGHTED):
+        return []
+    repeated: dict[str, Any] = {
+        "operation": "expand_heads",
+        "options": {"group": spec.group, "head_dim": spec.head_dim},
+    }
+    return [
+        Row(source="q_norm.weight", target="q_norm.weight"),
+        Row(source="k_norm.weight", target="k_norm.weight", **(repeated if full else {})),
+    ]
 
 
 def _by_head(spec: AttentionSpec, name: str, heads: tuple[int, ...] | None) -> tuple[str, dict[str, Any]]:

@@ -19,7 +19,7 @@ from zoo.architectures.core.linear import check_width, projection_args, recurren
 from zoo.architectures.core.mixer import Context, grouped, wide
 from zoo.architectures.core.output import OPEN_GATE, GatedOutput, OutputArgs, open_gate
 from zoo.architectures.core.plan import AttentionSpec, Init, MixerPlan
-from zoo.architectures.core.recurrent import ConvStates, transferred_rows
+from zoo.architectures.core.recurrent import ConvStates, identity_convs, transferred_rows
 from zoo.errors import ZooError
 
 EXAMPLE = {"heads": 2, "head_dim": 16, "value_dim": 24}
@@ -68,7 +68,7 @@ class DeltaNet(GatedOutput):
         inits = (
             Init(target="b_proj.weight", shape=(count, spec.hidden_size), kind="zeros"),
             Init(target="b_proj.bias", shape=(count,), kind="zeros"),
-            *(Init(target=f"convs.{n}", shape=(count * d, 4), kind="identity_conv") for n in ("q", "k", "v")),
+            *identity_convs(spec, ("q", "k", "v"), count * d),
             *open_gate(count, d, spec.hidden_size),
         )
         return MixerPlan(args=args, rows=transferred_rows(spec, heads), inits=inits)

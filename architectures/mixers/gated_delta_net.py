@@ -17,7 +17,7 @@ from transformers import initialization
 
 from zoo.architectures.core.cache import LayerCache
 from zoo.architectures.core.config import DecoderConfig
-from zoo.architectures.core.delta import published_rates, published_steps, recur
+from zoo.architectures.core.delta import inverse_softplus, published_rates, published_steps, recur
 from zoo.architectures.core.linear import (
     NORM_START,
     ProjectionArgs,
@@ -30,7 +30,7 @@ from zoo.architectures.core.linear import (
 )
 from zoo.architectures.core.mixer import Context, grouped, keep_fp32, wide
 from zoo.architectures.core.plan import AttentionSpec, Init, MixerPlan
-from zoo.architectures.core.recurrent import ConvStates, gate_activation, transferred_rows
+from zoo.architectures.core.recurrent import ConvStates, gate_activation, identity_convs, transferred_rows
 from zoo.errors import ZooError
 
 EXAMPLE = {"heads": 2, "head_dim": 16, "value_heads": 4, "value_dim": 24}
@@ -90,7 +90,7 @@ class GatedDeltaNet(RotatedKeys):
             shape = (self.value_heads, self.value_dim) if args.norm_per_head else (self.value_dim,)
             self.o_norm = nn.Parameter(torch.ones(shape))
         self.o_proj = nn.Linear(values, width, bias=args.o_bias)
-        self.make_rotation(config, args, self.key_dim)
+        self.make_rotation(config, args, self.heads, self.key_dim)
 
     def init_weights(self, std: float) -> None:
         """A uniform in [1, 16] and time steps log-uniform in [1e-3, 0.1], as published."""
@@ -105,14 +105,20 @@ class GatedDeltaNet(RotatedKeys):
         count, d = len(kept), spec.head_dim
         args = projection_args(spec, count) | {"conv": 4, "conv_activation": None, "gate": "silu", "gate_bias": True}
         args |= {"norm_per_head": True, "beta_bias": True}
-        biases = inverse_softplus(decay_rates(count, spec.max_position))  # the decay is softplus(dt_bias), with A = 1
+        rates = decay_rates(count, spec.max_position)  # the decay is softplus(dt_bias), with A = 1
         inits = [
             Init(target="a_proj.weight", shape=(count, spec.hidden_size), kind="zeros"),
             Init(target="b_proj.weight", shape=(count, spec.hidden_size), kind="zeros"),
             Init(target="b_proj.bias", shape=(count,), kind="constant", options={"value": 0.0}),
             Init(target="A_log", shape=(count,), kind="zeros", fp32=True),
-            Init(target="dt_bias", shape=(count,), kind="values", options={"values": biases}, fp32=True),
-            *(Init(target=f"convs.{n}", shape=(count * d, 4), kind="identity_conv") for n in ("q", "k", "v")),
+            Init(
+                target="dt_bias",
+                shape=(count,),
+                kind="values",
+                options={"values": inverse_softplus(rates).tolist()},
+                fp32=True,
+            ),
+            *identity_convs(spec, ("q", "k", "v"), count * d),
             Init(target="g_proj.weight", shape=(count * d, spec.hidden_size), kind="zeros"),
             # silu(1.278) = 1: the gate starts open and constant, with a gradient
             Init(target="g_proj.bias", shape=(count * d,), kind="constant", options={"value": 1.27846}),
@@ -153,11 +159,6 @@ class GatedDeltaNet(RotatedKeys):
 
     def state_bytes(self, length: int, itemsize: int = 2) -> int:
         return recurrent_bytes(self.value_heads, self.key_dim, self.value_dim) + self.convs.state_bytes(itemsize)
-
-
-def inverse_softplus(x: Tensor) -> list[float]:
-    """`y` with `softplus(y) = x`, as plain numbers."""
-    return (x + torch.log(-torch.expm1(-x))).tolist()
 
 
 MODULE = GatedDeltaNet

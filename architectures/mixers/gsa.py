@@ -2,7 +2,7 @@
 own, as in gated linear attention.
 
     Kt_t = Diag(a_t) Kt_{t-1} + (1 - a_t)^T k_t,   Vt_t = Diag(a_t) Vt_{t-1} + (1 - a_t)^T v_t
-    o_t = softmax(q_t Kt_t^T) Vt_t,   a_t = sigmoid(x_t W_f)^(1/8),   q, k, v = silu(x W)
+    o_t = softmax(q_t Kt_t^T) Vt_t,   a_t = sigmoid(x_t W_f + b)^(1/8),   q, k, v = silu(x W)
     y_t = norm(silu(o_t)) W_O,   the norm over all heads side by side
 
 B batch, T new tokens, H heads, M slots, K key and V value head dimension.
@@ -15,12 +15,15 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import initialization
 
 from zoo.architectures.core.cache import LayerCache
 from zoo.architectures.core.config import DecoderConfig
-from zoo.architectures.core.linear import check_sizes
-from zoo.architectures.core.mixer import Context, grouped, wide
-from zoo.architectures.core.output import GatedOutput, OutputArgs
+from zoo.architectures.core.linear import check_sizes, decay_rates, projection_args
+from zoo.architectures.core.mixer import Context, grouped, keep_fp32, wide
+from zoo.architectures.core.output import OPEN_GATE, GatedOutput, OutputArgs, open_gate
+from zoo.architectures.core.plan import AttentionSpec, Init, MixerPlan
+from zoo.architectures.core.recurrent import transferred_rows
 from zoo.architectures.core.slots import slot_attention, slot_bytes
 from zoo.errors import ZooError
 
@@ -29,10 +32,16 @@ EXAMPLE = {"heads": 2, "head_dim": 16, "value_dim": 24, "slots": 12}
 
 @dataclass(frozen=True, kw_only=True)
 class Args(OutputArgs):
-    """`slots` is M and `decay_divisor` the 8 above; `scale` multiplies the queries (None: `head_dim ** -0.5`)."""
+    """The published layer is the default; conversion from attention uses the other options.
+
+    `slots` is M and `decay_divisor` the 8 above; `decay_bias` adds b, one number per slot; `activation` is that of
+    queries, keys, values and of o_t (silu or None); `scale` multiplies the queries (None: `head_dim ** -0.5`).
+    """
 
     slots: int = 64
     decay_divisor: float = 8.0
+    decay_bias: bool = False
+    activation: str | None = "silu"
     scale: float | None = 1.0
     gate: str | None = None
     norm_full: bool = True
@@ -42,6 +51,8 @@ class Args(OutputArgs):
         check_sizes(slots=self.slots)
         if self.decay_divisor <= 0:
             raise ZooError(f"decay_divisor was {self.decay_divisor}; it must be positive")
+        if self.activation not in (None, "silu"):
+            raise ZooError(f"activation {self.activation!r} is unknown; it must be silu, or null for none")
 
 
 class GatedSlotAttention(GatedOutput):
@@ -53,19 +64,61 @@ class GatedSlotAttention(GatedOutput):
         self.make_projections(config, args, self.value_dim)
         self.make_output(config, args, self.value_dim)
         self.decay_proj = nn.Linear(config.hidden_size, args.heads * args.slots, bias=False)
+        if args.decay_bias:
+            self.decay_bias = keep_fp32(nn.Parameter(torch.zeros(args.heads, args.slots, dtype=torch.float32)))
+
+    def init_weights(self, std: float) -> None:
+        super().init_weights(std)
+        if self.args.decay_bias:
+            initialization.zeros_(self.decay_bias)
+
+    @classmethod
+    def from_attention(cls, spec: AttentionSpec, heads: tuple[int, ...] | None = None) -> MixerPlan:
+        count, slots = spec.heads if heads is None else len(heads), int(spec.wanted.get("slots", 64))
+        args = projection_args(spec, count) | OPEN_GATE | {"norm_full": False, "slots": slots, "decay_bias": True}
+        args |= {"activation": None, "scale": spec.scale}
+        divisor = float(spec.wanted.get("decay_divisor", 8.0))
+        biases = slot_biases(count, slots, divisor, spec.max_position)
+        inits = (
+            Init(
+                target="decay_proj.weight",
+                shape=(count * slots, spec.hidden_size),
+                kind="normal",
+                options={"std": 0.02},
+            ),
+            Init(target="decay_bias", shape=(count, slots), kind="values", options={"values": biases}, fp32=True),
+            *open_gate(count, spec.head_dim, spec.hidden_size),
+        )
+        return MixerPlan(args=args, rows=transferred_rows(spec, heads), inits=inits)
 
     def forward(self, x: Tensor, ctx: Context, cache: LayerCache | None = None) -> Tensor:
         """`x [B, T, D] -> [B, T, D]`."""
         projections = (self.q_proj, self.k_proj, self.v_proj)
-        q, k, v = (grouped(F.silu(projection(x)), self.heads) for projection in projections)
+        q, k, v = (grouped(self._activated(projection(x)), self.heads) for projection in projections)
         q, k = self.rotated(q, k, ctx)
-        decay = ctx.mask(F.logsigmoid(wide(grouped(self.decay_proj(x), self.heads))) / self.args.decay_divisor)
+        decay = self._decay(x, ctx)
         write = -torch.expm1(decay)  # nothing where padding does not forget
         o = slot_attention(q, k, v, write.to(v.dtype), decay, ctx, cache, scale=self.args.scale)
-        return self.finish(F.silu(o), x)
+        return self.finish(self._activated(o), x)
+
+    def _activated(self, x: Tensor) -> Tensor:
+        return x if self.args.activation is None else F.silu(x)
+
+    def _decay(self, x: Tensor, ctx: Context) -> Tensor:
+        """Log decay `[B, T, H, M]` in fp32; padding does not forget."""
+        logits = wide(grouped(self.decay_proj(x), self.heads))
+        if self.args.decay_bias:
+            logits = logits + wide(self.decay_bias)
+        return ctx.mask(F.logsigmoid(logits) / self.args.decay_divisor)
 
     def state_bytes(self, length: int, itemsize: int = 2) -> int:
         return slot_bytes(self.heads, self.args.slots, self.key_dim, self.value_dim)
+
+
+def slot_biases(heads: int, slots: int, divisor: float, max_position: int) -> list[float]:
+    """Biases under which the slots of each head forget at rates from fast to slow."""
+    biases = -torch.log(torch.expm1(divisor * decay_rates(slots, max_position)))  # logsigmoid(bias) / divisor = -rate
+    return biases.repeat(heads).tolist()
 
 
 MODULE = GatedSlotAttention

@@ -33,10 +33,11 @@ from zoo.architectures.core.linear import (
     group_norm,
     recur,
     recurrent_bytes,
+    rotation_args,
 )
 from zoo.architectures.core.mixer import Context, grouped, keep_fp32, wide
 from zoo.architectures.core.plan import AttentionSpec, Init, MixerPlan, Row
-from zoo.architectures.core.recurrent import ConvStates, check_rope, transferred_rows
+from zoo.architectures.core.recurrent import ConvStates, check_rope, identity_convs, transferred_rows
 from zoo.errors import ZooError
 
 EXAMPLE = {"heads": 4, "head_dim": 16, "state_dim": 24, "groups": 2}
@@ -74,6 +75,7 @@ class Args(mixer.Args):
     biases: tuple[str, ...] = ()
     scales: tuple[float, ...] | None = None
     qk_norm: str | None = None
+    qk_norm_full: bool = False
     qk_norm_eps: float = 1e-6
     rope: str | None = None
 
@@ -126,7 +128,7 @@ class Mamba2(RotatedKeys):
             self.register_parameter(name, keep_fp32(nn.Parameter(torch.ones(args.heads, dtype=torch.float32))))
         if args.norm:
             self.norm_weight = nn.Parameter(torch.ones(inner))
-        self.make_rotation(config, args, args.state_dim)
+        self.make_rotation(config, args, args.groups, args.state_dim)
 
     @classmethod
     def default_args(cls, hidden_size: int, heads: int) -> dict[str, Any]:
@@ -149,7 +151,7 @@ class Mamba2(RotatedKeys):
         present = {"z": True, "x": spec.v_bias, "B": spec.k_bias, "C": spec.q_bias, "out": spec.o_bias}
         args: dict[str, Any] = {"heads": count, "head_dim": d, "state_dim": d, "groups": count, "norm_groups": count}
         args |= {"conv_bias": False, "conv_activation": None, "biases": [name for name, has in present.items() if has]}
-        args |= {"qk_norm": spec.qk_norm, "qk_norm_eps": spec.norm_eps, "rope": spec.rope}
+        args |= rotation_args(spec)
         rows = tuple(_renamed(row) for row in transferred_rows(spec, heads))
         return MixerPlan(args=args, rows=rows, inits=_inits(spec, count))
 
@@ -209,7 +211,7 @@ def _inits(spec: AttentionSpec, heads: int) -> tuple[Init, ...]:
         Init(target="dt_bias", shape=(heads,), kind="constant", options={"value": one}, fp32=True),
         Init(target="A_log", shape=(heads,), kind="values", options={"values": rates}, fp32=True),
         Init(target="D", shape=(heads,), kind="zeros", fp32=True),
-        *(Init(target=f"convs.{name}", shape=(inner, 4), kind="identity_conv") for name in ("x", "B", "C")),
+        *identity_convs(spec, ("x", "B", "C"), inner),
         Init(target="z_proj.weight", shape=(inner, width), kind="zeros"),
         # silu(1.278) = 1: the gate starts open and constant, with a gradient
         Init(target="z_proj.bias", shape=(inner,), kind="constant", options={"value": 1.27846}),

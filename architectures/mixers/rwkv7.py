@@ -14,7 +14,8 @@ B batch, T new tokens, D hidden size, H heads, K head dimension.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -23,10 +24,19 @@ from transformers import initialization
 
 from zoo.architectures.core.cache import LayerCache
 from zoo.architectures.core.config import DecoderConfig
-from zoo.architectures.core.linear import check_sizes, recurrent_bytes
-from zoo.architectures.core.mixer import Context, Mixer, Output, grouped, keep_fp32, wide
+from zoo.architectures.core.linear import (
+    NORM_START,
+    RotatedKeys,
+    check_norm,
+    check_sizes,
+    decay_rates,
+    projection_args,
+    recurrent_bytes,
+)
+from zoo.architectures.core.mixer import Context, Output, grouped, keep_fp32, wide
 from zoo.architectures.core.norms import head_norm
-from zoo.architectures.core.recurrent import continued
+from zoo.architectures.core.plan import AttentionSpec, Init, MixerPlan
+from zoo.architectures.core.recurrent import check_rope, continued, transferred_rows
 from zoo.architectures.core.token_shift import HeadArgs, LowRank, decay_speeds, mixed, ramp, token_shift
 from zoo.errors import ZooError
 from zoo.kernels.dplr import dplr, dplr_step
@@ -47,7 +57,7 @@ class Args(HeadArgs):
     """Ranks of the maps for the decay w, the learning rate eta, the value mix and the gate.
 
     `first_value` says what becomes of the first layer's value: "write" hands this layer's on, "read" mixes it in,
-    None does neither.
+    None does neither. The biases, `qk_norm` and `rope` are softmax attention's, for conversion from it.
     """
 
     decay_rank: int = 64
@@ -55,6 +65,14 @@ class Args(HeadArgs):
     value_rank: int = 32
     gate_rank: int = 128
     first_value: str | None = None
+    q_bias: bool = False
+    k_bias: bool = False
+    v_bias: bool = False
+    o_bias: bool = False
+    qk_norm: str | None = None
+    qk_norm_full: bool = False
+    qk_norm_eps: float = 1e-6
+    rope: str | None = None
 
     def check(self, config: DecoderConfig) -> None:
         super().check(config)
@@ -63,9 +81,11 @@ class Args(HeadArgs):
         )
         if self.first_value not in (None, "write", "read"):
             raise ZooError(f"first_value {self.first_value!r} is unknown; it must be write or read, or null for none")
+        check_norm("qk_norm", self.qk_norm)
+        check_rope(self.rope, config)
 
 
-class RWKV7(Mixer):
+class RWKV7(RotatedKeys):
     options = Args
 
     def __init__(self, config: DecoderConfig, args: Args) -> None:
@@ -73,10 +93,11 @@ class RWKV7(Mixer):
         self.args, self.width, self.heads = args, config.hidden_size, args.heads
         inner = args.heads * args.head_dim
         self.mix = nn.Parameter(torch.zeros(len(SHIFTED), self.width))
-        self.r_proj = nn.Linear(self.width, inner, bias=False)
-        self.k_proj = nn.Linear(self.width, inner, bias=False)
-        self.v_proj = nn.Linear(self.width, inner, bias=False)
-        self.o_proj = nn.Linear(inner, self.width, bias=False)
+        self.r_proj = nn.Linear(self.width, inner, bias=args.q_bias)
+        self.k_proj = nn.Linear(self.width, inner, bias=args.k_bias)
+        self.v_proj = nn.Linear(self.width, inner, bias=args.v_bias)
+        self.o_proj = nn.Linear(inner, self.width, bias=args.o_bias)
+        self.make_rotation(config, args, args.heads, args.head_dim)
         self.decay_map = LowRank(self.width, args.decay_rank, inner, torch.tanh)
         self.rate_map = LowRank(self.width, args.rate_rank, inner)
         self.gate_map = LowRank(self.width, args.gate_rank, inner, torch.sigmoid, offset=False)
@@ -113,11 +134,41 @@ class RWKV7(Mixer):
         initialization.ones_(self.norm_weight)
         initialization.zeros_(self.norm_bias)
 
+    @classmethod
+    def from_attention(cls, spec: AttentionSpec, heads: tuple[int, ...] | None = None) -> MixerPlan:
+        count, d, width = spec.heads if heads is None else len(heads), spec.head_dim, spec.hidden_size
+        args = projection_args(spec, count)
+        rows = (replace(row, target=row.target.replace("q_proj", "r_proj")) for row in transferred_rows(spec, heads))
+        shares = (decay_rates(count, spec.max_position) / SLOWEST).repeat_interleave(d)
+        rank = int(spec.wanted.get("gate_rank", Args.gate_rank))
+        inits = (
+            Init(target="mix", shape=(len(SHIFTED), width), kind="zeros"),  # no shift
+            *low_rank(spec, "decay", count * d, shares.logit().tolist()),
+            *low_rank(spec, "rate", count * d, [0.0] * count * d),
+            Init(target="gate_map.down.weight", shape=(rank, width), kind="normal", options={"std": 0.02}),
+            # over sigmoids of a half: the gate starts open, at about one
+            Init(target="gate_map.up.weight", shape=(count * d, rank), kind="constant", options={"value": 2 / rank}),
+            *(Init(target=name, shape=(count * d,), kind="ones") for name in ("erase_scale", "rate_scale")),
+            Init(target="bonus", shape=(count, d), kind="zeros", fp32=True),
+            Init(target="norm_weight", shape=(count * d,), kind="constant", options={"value": NORM_START}),
+            Init(target="norm_bias", shape=(count * d,), kind="zeros"),
+        )
+        return MixerPlan(args=args, rows=tuple(rows), inits=inits)
+
+    def expanded_qkv(self, x: Tensor, ctx: Context) -> tuple[Tensor, Tensor, Tensor]:
+        return self._heads(dict.fromkeys(SHIFTED, x), ctx)
+
+    def _heads(self, inputs: Mapping[str, Tensor], ctx: Context) -> tuple[Tensor, Tensor, Tensor]:
+        """r, k and v `[B, T, H, K]` of the shifted inputs, with attention's qk-norm and RoPE."""
+        projections = {"r": self.r_proj, "k": self.k_proj, "v": self.v_proj}
+        r, k, v = (grouped(projection(inputs[name]), self.heads) for name, projection in projections.items())
+        return *self.rotated(r, k, ctx), v
+
     def forward(self, x: Tensor, ctx: Context, cache: LayerCache | None = None) -> Output:
         """`x [B, T, D] -> [B, T, D]`, and the value `[B, T, H K]` of a layer that writes it."""
         before = token_shift(x, ctx, cache)
         inputs = {name: mixed(x, before, share) for name, share in zip(SHIFTED, self.mix, strict=True)}
-        r, k, v = self.r_proj(inputs["r"]), self.k_proj(inputs["k"]), self.v_proj(inputs["v"])
+        r, k, v = (part.flatten(-2) for part in self._heads(inputs, ctx))
         written = {FIRST_VALUE: v} if self.args.first_value == "write" else {}
         if self.args.first_value == "read":
             v = mixed(v, ctx.values[FIRST_VALUE].to(v.dtype), self.value_map(inputs["v"]).sigmoid())
@@ -141,6 +192,17 @@ class RWKV7(Mixer):
 
     def state_bytes(self, length: int, itemsize: int = 2) -> int:
         return recurrent_bytes(self.heads, self.args.head_dim, self.args.head_dim) + self.width * itemsize
+
+
+def low_rank(spec: AttentionSpec, name: str, channels: int, offsets: list[float]) -> tuple[Init, ...]:
+    """The map `{name}_map`, small at the start and with a gradient in both of its factors."""
+    rank, small = int(spec.wanted.get(f"{name}_rank", getattr(Args, f"{name}_rank"))), {"std": 0.02}
+    prefix, fixed = f"{name}_map.", {"values": offsets}
+    return (
+        Init(target=prefix + "down.weight", shape=(rank, spec.hidden_size), kind="normal", options=small),
+        Init(target=prefix + "up.weight", shape=(channels, rank), kind="normal", options=small),
+        Init(target=prefix + "offset", shape=(channels,), kind="values", options=fixed, fp32=True),
+    )
 
 
 MODULE = RWKV7

@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from yaml import YAMLError  # type: ignore[import-untyped]
 
 from zoo.architectures.core.hub import HUB_ID
-from zoo.conversion.core.planner import Plan
+from zoo.conversion.core.planner import HEAD_HYBRID, Plan
 
 LICENCE_FIELDS = ("license", "license_name", "license_link")
 TEXT = """
@@ -84,8 +84,17 @@ def _layers(plan: Plan) -> str:
     groups: dict[str, list[int]] = {}
     for index, layer in enumerate(plan.config.decoder_config.layers):
         kept = index not in plan.swaps
-        groups.setdefault(f"{layer.mixer} kept" if kept else str(layer.mixer), []).append(index)
+        groups.setdefault(f"{layer.mixer} kept" if kept else _described(plan, index), []).append(index)
     return "; ".join(f"{name} in layers {', '.join(map(str, layers))}" for name, layers in groups.items())
+
+
+def _described(plan: Plan, index: int) -> str:
+    """The mixer of a swapped layer, and the heads that stay softmax attention beside it."""
+    layer = plan.config.decoder_config.layers[index]
+    if layer.mixer != HEAD_HYBRID:
+        return str(layer.mixer)
+    heads = ", ".join(map(str, layer.mixer_args["kept"]))
+    return f"{layer.mixer_args['mixer']} beside the softmax heads {heads}"
 
 
 def _plan_table(plan: Plan) -> str:

@@ -15,7 +15,7 @@ from zoo.architectures.core.checkpoint import read_json
 from zoo.architectures.core.hub import TOKENIZER_FILES, resolve
 from zoo.architectures.core.shards import Spec, atomic_directory, parse_size, refuse_existing, write_json, write_tensors
 from zoo.conversion.core.card import write_card
-from zoo.conversion.core.planner import Plan, Swap, build_plan, choose
+from zoo.conversion.core.planner import Plan, build_plan, choose
 from zoo.conversion.core.verify import Check, run_checks
 from zoo.errors import ZooError
 
@@ -56,6 +56,7 @@ def convert(
     *,
     mixer: str | None = None,
     keep: Sequence[int] = (),
+    keep_heads: Mapping[int, Sequence[int]] | None = None,
     layout: str | None = None,
     mixer_args: Mapping[str, Any] | None = None,
     dry_run: bool = False,
@@ -75,6 +76,7 @@ def convert(
         out: the directory to write; nothing may be there yet.
         mixer: what every layer not in `keep` becomes; arguments may follow: `attention(window=64,sinks=1)`.
         keep: layers, from 0, that keep their attention.
+        keep_heads: by layer, heads that stay softmax attention beside the mixer of the others: `{11: [0, 2]}`.
         layout: instead of `mixer`, one mixer per layer: `gated_delta_net*3,attention`, tiled over the layers.
         mixer_args: arguments for the new mixers.
         dry_run: plan only: no tensor is read, nothing is written.
@@ -101,8 +103,8 @@ def convert(
         subfolder=subfolder,
     )
     canonical = formats.read(path)
-    plan = build_plan(canonical, choose(canonical.decoder, mixer, mixer_args, layout, keep), seed)
-    _require_tokenizer(path)
+    plan = build_plan(canonical, choose(canonical.decoder, mixer, mixer_args, layout, keep, keep_heads), seed)
+    require_tokenizer(path)
     if dry_run:
         return Report(plan)
     with atomic_directory(out) as folder:
@@ -114,27 +116,8 @@ def convert(
     return Report(plan, checks, out)
 
 
-def verify(out: str | Path, source: str | Path | None = None, *, fresh_process: bool = True) -> dict[str, Check]:
-    """Check a converted directory again, against its source.
-
-    Args:
-        out: a directory that `convert` wrote and that has not been trained since.
-        source: where its source lies now; by default as recorded.
-        fresh_process: also load it in a new process and compare.
-
-    Raises:
-        ZooError: not a conversion, its source is gone, or a check failed.
-    """
-    record_file = Path(out) / RECORD
-    if not record_file.is_file():
-        raise ZooError(f"{out} has no {RECORD}; it must be a directory that convert wrote")
-    record = read_json(record_file, "record")
-    canonical = formats.read(resolve(source or record["source"]["name"], revision=record["source"]["revision"]))
-    swaps = {swap["layer"]: Swap(swap["mixer"], swap["args"]) for swap in record["swaps"]}
-    return run_checks(build_plan(canonical, swaps, record["seed"]), Path(out), fresh_process=fresh_process)
-
-
-def _require_tokenizer(path: Path) -> None:
+def require_tokenizer(path: Path) -> None:
+    """Raise `ZooError` for a checkpoint directory without a tokenizer."""
     if not any((path / file).is_file() for file in TOKENIZER_FILES):
         raise ZooError(f"{path} has no tokenizer, which the output carries; put its tokenizer.json there")
 
@@ -145,20 +128,25 @@ def _write(plan: Plan, folder: Path, max_shard_size: int | str) -> None:
     config = plan.config.to_dict() | {"architectures": ["ZooForCausalLM"]}
     config.pop("_name_or_path", None)
     write_json(folder / "config.json", config)
+    carry(plan.source.checkpoint.path, folder)
+
+
+def carry(source: Path, folder: Path) -> None:
+    """Copy the tokenizer, the licence and the generation config of a checkpoint directory."""
     for pattern in CARRIED_FILES:
-        for file in sorted(plan.source.checkpoint.path.glob(pattern)):
+        for file in sorted(source.glob(pattern)):
             (shutil.copytree if file.is_dir() else shutil.copyfile)(file, folder / file.name)
-    _name_tokenizer(plan, folder)
+    _name_tokenizer(source, folder)
 
 
-def _name_tokenizer(plan: Plan, folder: Path) -> None:
+def _name_tokenizer(source: Path, folder: Path) -> None:
     """Write the tokenizer's class down where only the source's model_type told it."""
     from transformers import AutoTokenizer
 
     file = folder / "tokenizer_config.json"
     config = read_json(file, "tokenizer config") if file.is_file() else {}
     if "tokenizer_class" not in config:
-        name = type(AutoTokenizer.from_pretrained(plan.source.checkpoint.path)).__name__
+        name = type(AutoTokenizer.from_pretrained(source)).__name__
         write_json(file, {**config, "tokenizer_class": name})
 
 

@@ -30,7 +30,7 @@ from zoo.conversion.core.work import Work
 from zoo.errors import ZooError
 
 RECORD = "zoo_conversion.json"
-WEIGHTS = ("model*.safetensors", "model.safetensors.index.json", "config.json", "verification.json")
+WEIGHTS = ("model*.safetensors", "model.safetensors.index.json", "config.json", "verification.*")
 
 
 def heal(

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from zoo.architectures.core.load import Deferred, assemble
+from zoo.architectures.core.load import Deferred, assemble, from_pretrained
 from zoo.conversion.core.planner import Plan, build_plan
 from zoo.errors import ZooError
 
@@ -53,6 +53,11 @@ def swapped(plan: Plan, dtype: torch.dtype = torch.float32) -> Any:
     """The plan's result, from its tensors and not from what was written."""
     state = {row.target: Deferred(partial(plan.tensor, row.target), row.shape, row.dtype) for row in plan.rows}
     return assemble(plan.config, state, dtype=dtype)[0]
+
+
+def load(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """The model of a checkpoint directory."""
+    return from_pretrained(folder, dtype=dtype).eval()
 
 
 def logits(model: Any, ids: Tensor) -> Tensor:

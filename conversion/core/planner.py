@@ -219,10 +219,10 @@ def _fitted(plan: MixerPlan, decoder: DecoderConfig, swap: Swap) -> MixerPlan:
     return replace(plan, rows=tuple(row for row in plan.rows if row.target not in gone), inits=tuple(inits))
 
 
-def _shapes(mixer: str, decoder: DecoderConfig, args: Mapping[str, Any]) -> dict[str, Sequence[int]]:
+def _shapes(mixer: str, decoder: DecoderConfig, args: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     cls = registry.get("mixers", mixer, "MODULE")
     with torch.device("meta"):
-        return {name: tensor.shape for name, tensor in cls(decoder, cls.parse(args)).state_dict().items()}
+        return {name: tuple(tensor.shape) for name, tensor in cls(decoder, cls.parse(args)).state_dict().items()}
 
 
 def overridden(args: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from zoo.errors import ZooError
 TOLERANCE = 1e-5
 RUN_LIMIT = 100_000_000  # parameters; a larger model is checked layer by layer
 LENGTH = 64
+TRAINED = "the model was trained since its conversion: its projections are no longer the source's"
 Check = dict[str, Any]
 
 
@@ -39,28 +42,54 @@ def run_checks(plan: Plan, folder: Path, *, fresh_process: bool = True) -> dict[
     Raises:
         ZooError: one failed; the message names it and its numbers.
     """
-    large = None
-    if plan.parameters > RUN_LIMIT:
-        large = f"{plan.parameters} parameters are more than the {RUN_LIMIT} that are run whole; see the single layers"
-    ids = models.sample_ids(plan, LENGTH)
-    out = Checkpoint(folder)
-    checks = {"tensors": tensors(plan, out)}
-    _stop_on_failure(checks)
-    checks["identity"] = skipped(large) if large else identity(plan, ids)
-    hidden = models.mixer_inputs(plan, ids, whole=large is None)
-    checks["expansion"] = expansion(plan, out, hidden)
-    checks["window"] = window(plan, out, hidden, whole=large is None)
-    if large or not fresh_process:
-        checks["reload"] = skipped(large or "not asked for")
-    else:
-        checks["reload"] = reload(plan, folder, ids)
-    checks["tokenizer"] = tokenizer(plan, folder)
-    _stop_on_failure(checks)
+    checks: dict[str, Check] = {}
+    for name, check in ladder(plan, folder, fresh_process=fresh_process):
+        if check["passed"] is False:
+            shown = {key: value for key, value in check.items() if key not in ("passed", "sha256")}
+            raise ZooError(f"verification {name!r} failed ({shown}); nothing was kept: please report it")
+        checks[name] = check
     return checks
 
 
-def tensors(plan: Plan, out: Checkpoint) -> Check:
-    """Untouched tensors have the source's hash; all others the planned shape, dtype and value."""
+def ladder(
+    plan: Plan, folder: Path, *, fresh_process: bool = True, trained: bool = False
+) -> Iterator[tuple[str, Check]]:
+    """The checks one by one; wrong tensors end it, as nothing else can be told of them.
+
+    Args:
+        trained: `folder` was trained since its conversion, so that its values are no longer the plan's.
+    """
+    large = too_large(plan)
+    ids, out = models.sample_ids(plan, LENGTH), Checkpoint(folder)
+    found = tensors(plan, out, trained=trained)
+    yield "tensors", found
+    if not found["passed"]:
+        return
+    yield "identity", skipped(large) if large else identity(plan, ids)
+    if trained:
+        yield "expansion", skipped(TRAINED)
+        yield "window", skipped(TRAINED)
+    else:
+        hidden = models.mixer_inputs(plan, ids, whole=large is None)
+        yield "expansion", expansion(plan, out, hidden)
+        yield "window", window(plan, out, hidden, whole=large is None)
+    if large or not fresh_process:
+        yield "reload", skipped(large or "not asked for")
+    else:
+        yield "reload", reload(plan, folder, ids, trained=trained)
+    yield "tokenizer", tokenizer(plan, folder)
+
+
+def too_large(plan: Plan) -> str | None:
+    """Why a model is not run whole, if it is not."""
+    if plan.parameters <= RUN_LIMIT:
+        return None
+    return f"{plan.parameters} parameters are more than the {RUN_LIMIT} that are run whole; see the single layers"
+
+
+def tensors(plan: Plan, out: Checkpoint, *, trained: bool = False) -> Check:
+    """All tensors have the planned shape and dtype; unless trained, untouched ones have the source's hash, and all
+    others the planned value."""
     wrong = sorted(set(plan.by_target) ^ set(out.tensors))
     hashes: dict[str, str] = {}
     for row in plan.rows if not wrong else ():
@@ -68,10 +97,12 @@ def tensors(plan: Plan, out: Checkpoint) -> Check:
         if (tuple(found.shape), found.dtype) != (row.shape, row.dtype):
             wrong.append(row.target)
         elif row.copied:
-            hashes[row.target] = sha256(found)
-            if hashes[row.target] != sha256(plan.source.checkpoint.get(row.sources[0])):
+            digest = sha256(found)
+            if digest == sha256(plan.source.checkpoint.get(row.sources[0])):
+                hashes[row.target] = digest
+            elif not trained:
                 wrong.append(row.target)
-        elif not torch.equal(found, plan.tensor(row.target)):
+        elif not trained and not torch.equal(found, plan.tensor(row.target)):
             wrong.append(row.target)
     counts = {"tensors": len(plan.rows), "untouched": len(hashes)}
     return {"passed": not wrong, "wrong": wrong[:10], **counts, "sha256": hashes}
@@ -94,7 +125,7 @@ def expansion(plan: Plan, out: Checkpoint, hidden: Mapping[int, list[Tensor]]) -
         if swap.mixer == "attention":
             continue
         teacher = layer_mixer(plan, index, plan.source.get, plan.source.decoder.layers[index])
-        student = layer_mixer(plan, index, out.get, plan.config.decoder_config.layers[index])
+        student = layer_mixer(plan, index, partial(_transferred, plan, out), _with_positions(plan, index))
         project = output_projection(plan, index, out)
         with torch.no_grad():
             errors = [
@@ -103,6 +134,18 @@ def expansion(plan: Plan, out: Checkpoint, hidden: Mapping[int, list[Tensor]]) -
             ]
         layers[str(index)] = max(errors)
     return bounded(layers) if layers else skipped("no layer was given a mixer other than attention")
+
+
+def _with_positions(plan: Plan, index: int) -> Layer:
+    """A swapped layer; where the user took the source's RoPE and qk-norm away, it has them, to be compared."""
+    layer, spec = plan.config.decoder_config.layers[index], attention_spec(plan.source.decoder, index)
+    taken = {name: getattr(spec, name) for name in ("rope", "qk_norm") if name in plan.swaps[index].args}
+    return replace(layer, mixer_args={**layer.mixer_args, **taken})
+
+
+def _transferred(plan: Plan, out: Checkpoint, name: str) -> Tensor:
+    """The tensor `name` of the output, or, of a norm that the user took away, of the source."""
+    return out.get(name) if name in out.tensors else plan.source.get(name)
 
 
 def window(plan: Plan, out: Checkpoint, hidden: Mapping[int, list[Tensor]], *, whole: bool) -> Check:
@@ -128,9 +171,10 @@ def window(plan: Plan, out: Checkpoint, hidden: Mapping[int, list[Tensor]], *, w
     return bounded(layers)
 
 
-def reload(plan: Plan, folder: Path, ids: Tensor) -> Check:
-    """Loaded in a fresh process, the directory gives the logits of the plan's tensors in this one."""
-    return compare(models.logits(models.swapped(plan), ids), models.fresh_logits(folder, ids))
+def reload(plan: Plan, folder: Path, ids: Tensor, *, trained: bool = False) -> Check:
+    """Loaded in a fresh process, the directory gives the logits of the plan's tensors (of its own) in this one."""
+    model = models.load(folder) if trained else models.swapped(plan)
+    return compare(models.logits(model, ids), models.fresh_logits(folder, ids))
 
 
 def tokenizer(plan: Plan, folder: Path) -> Check:
@@ -175,17 +219,21 @@ def softmax_attention(plan: Plan, index: int, qkv: tuple[Tensor, Tensor, Tensor]
     """The source layer's softmax over q, k, v `[B, T, H, K]`, written out: `[B, T, H * K]`."""
     q, k, v = (x.transpose(1, 2) for x in qkv)
     args = registry.get("mixers", "attention", "MODULE").parse(plan.source.decoder.layers[index].mixer_args)
-    scores = q @ k.transpose(-1, -2) * (args.scale or attention_spec(plan.source.decoder, index).head_dim ** -0.5)
+    return (softmax_weights(args, q, k, ctx.positions[0]) @ v).transpose(1, 2).flatten(2)
+
+
+def softmax_weights(args: Any, q: Tensor, k: Tensor, positions: Tensor) -> Tensor:
+    """Attention of `args` (those of mixer `attention`) from q and k `[B, H, T, K]`, written out: `[B, H, T, T]`."""
+    scores = q @ k.transpose(-1, -2) * (args.scale or args.head_dim**-0.5)
     if args.softcap is not None:
         scores = args.softcap * torch.tanh(scores / args.softcap)
-    query, key = ctx.positions[0][:, None], ctx.positions[0][None, :]
+    query, key = positions[:, None], positions[None, :]
     seen = key <= query
     if args.window is not None:
         seen = seen & ((query - key < args.window) | (key < args.sinks))
     if args.chunk is not None:
         seen = seen & (query // args.chunk == key // args.chunk)
-    weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
-    return (weights @ v).transpose(1, 2).flatten(2)
+    return scores.masked_fill(~seen, float("-inf")).softmax(-1)
 
 
 def error(expected: Tensor, found: Tensor) -> float:
@@ -202,10 +250,10 @@ def compare(expected: Tensor, found: Tensor) -> Check:
     return {"passed": worst <= TOLERANCE, "worst": worst, "tolerance": TOLERANCE, "equal": torch.equal(expected, found)}
 
 
-def bounded(values: Mapping[str, float]) -> Check:
+def bounded(values: Mapping[str, float], tolerance: float = TOLERANCE) -> Check:
     """A check of several errors, each of which must be within the tolerance."""
     worst = max(values.values())
-    return {"passed": worst <= TOLERANCE, "worst": worst, "tolerance": TOLERANCE, "layers": dict(values)}
+    return {"passed": worst <= tolerance, "worst": worst, "tolerance": tolerance, "layers": dict(values)}
 
 
 def skipped(reason: str) -> Check:
@@ -216,10 +264,3 @@ def skipped(reason: str) -> Check:
 def sha256(tensor: Tensor) -> str:
     """Hash of a tensor's bytes."""
     return hashlib.sha256(tensor_bytes(tensor)).hexdigest()
-
-
-def _stop_on_failure(checks: Mapping[str, Check]) -> None:
-    for name, check in checks.items():
-        if check["passed"] is False:
-            shown = {key: value for key, value in check.items() if key not in ("passed", "sha256")}
-            raise ZooError(f"verification {name!r} failed ({shown}); nothing was kept: please report it")

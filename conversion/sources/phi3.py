@@ -1,8 +1,6 @@
 """Phi-3 and Phi-4 (Abdin et al. 2024, arXiv 2404.14219 and 2412.08905) as transformers publishes them: Llama with
-fused projections, rotation of a share of each head, and one window in all layers or none.
-
-Long-context Phi (`longrope`) is refused: its frequencies depend on how long the whole input is, so that decoding past
-the original length with a cache is another function than one forward.
+fused projections, rotation of a share of each head, one window in all layers or none, and LongRoPE where the context
+was stretched (its older names are su and yarn).
 """
 
 from __future__ import annotations
@@ -28,13 +26,16 @@ from zoo.conversion.core.llama_like import (
 )
 
 ARCHITECTURE = "transformer"
+LONG, OLDER = "longrope", ("su", "yarn")
+LENGTH = "original_max_position_embeddings"
 
 
 def _table(config: Config, head_dim: int) -> Rope:
-    given = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    kind = given.get("rope_type") or given.get("type")
-    require({**config, "rope_type": kind}, "rope_type", ("default",), "default")
-    return rope(config, head_dim)
+    given = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
+    kind = given.pop("rope_type", None) or given.pop("type", None) or "default"
+    require({**config, "rope_type": kind}, "rope_type", ("default", LONG, *OLDER), "default")
+    given["rope_type"] = LONG if kind in OLDER else kind
+    return rope({**config, "rope_scaling": given}, head_dim)
 
 
 def _rules(config: Config) -> Sequence[Rule]:
@@ -53,13 +54,14 @@ def _rules(config: Config) -> Sequence[Rule]:
 
 def _fields(decoder: DecoderConfig) -> dict[str, Any]:
     table = rope_parameters(decoder.ropes["default"], arguments(decoder)[0].head_dim)
-    return {**window_field(decoder), "rope_parameters": table}
+    length = {LENGTH: table[LENGTH]} if LENGTH in table else {}  # transformers reads it there
+    return {**window_field(decoder), "rope_parameters": table, **length}
 
 
 FORMAT = LlamaLike(
     model_type="phi3",
     causal_lm="Phi3ForCausalLM",
-    defaults=dict(max_position_embeddings=4096, rms_norm_eps=1e-5, sliding_window=None),
+    defaults={"max_position_embeddings": 4096, LENGTH: 4096, "rms_norm_eps": 1e-5, "sliding_window": None},
     layers=lambda config, layer: with_windows(layer, one_window(config)),
     table=_table,
     fields=_fields,

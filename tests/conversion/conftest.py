@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+sys.path.insert(0, str(Path(__file__).parent))  # targets, which pytest's importlib mode does not find by itself
 
 MakeLlama = Callable[..., Path]
 HARD = dict(

@@ -16,6 +16,14 @@ from zoo.errors import ZooError
 
 LLAMA3 = dict(rope_type="llama3", factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0)
 YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=32, rope_theta=1e4)
+LONG = dict(
+    rope_type="longrope",
+    rope_theta=1e4,
+    factor=8.0,
+    original_max_position_embeddings=32,
+    short_factor=[1.0 + 0.1 * i for i in range(8)],
+    long_factor=[1.0 + i for i in range(8)],
+)
 VARIANTS: dict[str, dict[str, Any]] = {
     "hard": {},
     "plain": dict(attention_bias=False, mlp_bias=False, head_dim=8),
@@ -26,6 +34,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "linear": dict(rope_parameters=dict(rope_type="linear", factor=3.0, rope_theta=1000.0)),
     "llama3": dict(rope_parameters=dict(**LLAMA3, original_max_position_embeddings=32, rope_theta=1e5)),
     "yarn": dict(rope_parameters=YARN),
+    "longrope": dict(rope_parameters=LONG),
     "yarn_mscale": dict(rope_parameters=dict(**YARN, mscale=0.7, mscale_all_dim=0.5)),
 }
 
@@ -48,7 +57,7 @@ def test_logits_are_those_of_transformers(make_llama: Any, name: str, attention:
     assert_close(logits(zoo.from_pretrained(path, attn_implementation=attention)), logits(theirs))
 
 
-@pytest.mark.parametrize("kind", ["linear", "llama3", "yarn"])
+@pytest.mark.parametrize("kind", ["linear", "llama3", "yarn", "longrope"])
 @pytest.mark.parametrize("type_key", ["type", "rope_type"])
 def test_the_older_spelling_of_ropes_means_the_same(make_llama: Any, kind: str, type_key: str) -> None:
     path = make_llama(**VARIANTS[kind])

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from targets import RECURRENT, assert_learns
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import zoo
@@ -32,6 +33,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "gemma2": dict(sliding_window=9, query_pre_attn_scalar=20),
     "gemma3_text": dict(sliding_window=9, query_pre_attn_scalar=20),
     "cohere2": dict(sliding_window=9, head_dim=8),
+    "cwm": dict(sliding_window=9, mlp_bias=True),
     "gpt2": dict(vocab_size=96, n_embd=32, n_layer=4, n_head=4, n_positions=128, scale_attn_by_inverse_layer_idx=True),
     "gpt_neox": dict(head_dim=8),
     "granite": dict(attention_multiplier=0.3, residual_multiplier=0.22, embedding_multiplier=12, logits_scaling=3.7),
@@ -46,7 +48,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "qwen3_moe": dict(num_experts=3, moe_intermediate_size=24, mlp_only_layers=[2], **EXPERTS),
     "smollm3": dict(attention_bias=True, mlp_bias=True),
 }
-REFUSED = {"olmo2": "qk_norm_full"}
 Make = Callable[[str], Path]
 
 
@@ -76,7 +77,7 @@ def test_every_source_of_a_plain_transformer_is_here() -> None:
     assert sources <= set(OPTIONS)
 
 
-@pytest.mark.parametrize("name", sorted(set(OPTIONS) - set(REFUSED)))
+@pytest.mark.parametrize("name", sorted(OPTIONS))
 def test_attention_becomes_gated_delta_net(make: Make, tmp_path: Path, name: str) -> None:
     path = make(name)
     plan = zoo.convert(path, tmp_path / "dry", mixer="gated_delta_net", keep=[1], dry_run=True).plan
@@ -88,12 +89,24 @@ def test_attention_becomes_gated_delta_net(make: Make, tmp_path: Path, name: str
     assert [layer.mixer == "attention" for layer in model.config.decoder_config.layers] == [False, True, False, False]
     with pytest.raises(ZooError, match="layer 0 is gated_delta_net"):
         zoo.save(model, tmp_path / "published", format="published")
+    assert_learns(path, tmp_path / "out", set(report.plan.new), [0, 2, 3])
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_be_taken_over_is_said(make: Make, tmp_path: Path, name: str) -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize("mixer", RECURRENT)
+@pytest.mark.parametrize("name", sorted(OPTIONS))
+def test_every_source_becomes_every_mixer(make: Make, tmp_path: Path, name: str, mixer: str) -> None:
+    if (name, mixer) == ("olmo2", "head_hybrid"):
+        pytest.skip("a norm of all heads leaves none to choose")
     path = make(name)
-    with pytest.raises(ZooError, match=f"layer 0 has attention with {REFUSED[name]}.*keep it"):
-        zoo.convert(path, tmp_path / "out", mixer="gated_delta_net", dry_run=True)
+    report = zoo.convert(path, tmp_path / "out", mixer=mixer, keep=[1], fresh_process=False)
+    assert report.checks["identity"]["passed"] and report.checks["expansion"]["passed"]
+    assert_learns(path, tmp_path / "out", set(report.plan.new), [0, 2, 3])
+
+
+def test_a_norm_of_all_heads_leaves_none_to_choose(make: Make, tmp_path: Path) -> None:
+    path = make("olmo2")
+    with pytest.raises(ZooError, match="layer 2: the source's attention uses qk_norm_full"):
+        zoo.convert(path, tmp_path / "out", mixer="gated_delta_net", keep_heads={2: [0]}, dry_run=True)
     report = zoo.convert(path, tmp_path / "out", mixer="attention(window=16)", keep=[1], fresh_process=False)
     assert report.ok and report.checks["window"]["passed"]

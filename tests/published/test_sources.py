@@ -41,6 +41,9 @@ OTHER: dict[str, Any] = dict(
 )
 LLAMA3 = dict(rope_type="llama3", rope_theta=1e5, factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0)
 LINEAR = {"rope_type": "linear", "factor": 3.0, "rope_theta": 1000.0}
+LONG: dict[str, Any] = dict(
+    rope_type="longrope", rope_theta=1000.0, short_factor=[1.0, 1.1, 1.3, 1.4], long_factor=[1.0, 2.0, 4.5, 9.0]
+)
 FULL, LOCAL = "full_attention", "sliding_attention"
 PADDING = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)
 NEOX = {name: value for name, value in OTHER.items() if name not in ("num_key_value_heads", "rms_norm_eps")}
@@ -55,6 +58,10 @@ CONFIGS: dict[str, tuple[dict[str, Any], ...]] = {
         dict(SIZES, head_dim=10, sliding_window=9),
         dict(OTHER, head_dim=10, sliding_window=33, layer_types=[FULL, LOCAL, LOCAL, FULL]),
         dict(OTHER, head_dim=12, sliding_window=9, layer_types=[FULL] * 4),
+    ),
+    "cwm": (
+        dict(SIZES, head_dim=10, sliding_window=9, mlp_bias=True),
+        dict(OTHER, head_dim=12, sliding_window=33, layer_types=[FULL, LOCAL, LOCAL, FULL]),
     ),
     "mixtral": (
         dict(SIZES, num_local_experts=5, num_experts_per_tok=3),
@@ -86,6 +93,9 @@ CONFIGS: dict[str, tuple[dict[str, Any], ...]] = {
     "phi3": (
         dict(SIZES, **PADDING, sliding_window=9),
         dict(OTHER, **PADDING, rope_parameters=dict(rope_theta=500.0, partial_rotary_factor=0.6)),
+        # the whole text is beyond the length before stretching, and so is a prefill; and neither is
+        dict(SIZES, **PADDING, rope_parameters=LONG, original_max_position_embeddings=60),
+        dict(SIZES, **PADDING, rope_parameters={**LONG, "attention_factor": 1.3}, original_max_position_embeddings=180),
     ),
     "olmo2": (dict(SIZES), dict(OTHER, num_key_value_heads=1, attention_bias=True, rope_parameters=LLAMA3)),
     "smollm3": (
@@ -191,7 +201,8 @@ def test_another_rope_type_is_refused_by_name(name: str, changes: dict[str, Any]
         ("qwen2", dict(layer_types=[LOCAL] * 3, use_sliding_window=False), "sliding_window"),
         ("ministral", dict(sliding_window=None, layer_types=[LOCAL] * 3), "sliding_window"),
         ("phi3", dict(rope_parameters=LINEAR), "linear"),
-        ("phi3", dict(rope_parameters=None, rope_scaling={"type": "su"}), "su"),
+        ("phi3", dict(rope_parameters={**LONG, "long_factor": [1.0] * 3}), "long_factor"),
+        ("phi3", dict(rope_parameters=None, rope_scaling={"type": "ntk"}), "ntk"),
         ("smollm3", dict(no_rope_layers=[1, 0]), "no_rope_layers"),
         ("gpt2", dict(add_cross_attention=True), "add_cross_attention"),
         ("gpt_neox", dict(partial_rotary_factor=0.5), "partial_rotary_factor"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from zoo.conversion.export.export import REMOTE, export
+from zoo.conversion.core.export.export import REMOTE, export
 
 
 def run(model: str, out: Path, to: str, max_shard_size: str) -> str:
