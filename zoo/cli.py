@@ -5,39 +5,14 @@ torch and transformers are imported inside the verbs, so that `zoo --help` is qu
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
-from typer.core import TyperGroup
 
+from zoo.commands.options import heads_by_layer, integers, names_in, parse_json
 from zoo.errors import ZooError
-
-if TYPE_CHECKING:
-    from rich.table import Table
-
-
-class OneLineErrors(TyperGroup):
-    """Bad input ends in one line on stderr and exit code 2; anything unexpected keeps its traceback."""
-
-    def invoke(self, ctx: Any) -> Any:
-        try:
-            return super().invoke(ctx)
-        except (ZooError, FileNotFoundError, FileExistsError) as error:
-            fail(error, 2)
-        except KeyboardInterrupt:
-            fail("interrupted", 130)
-
-
-def fail(error: Exception | str, code: int) -> None:
-    message = error
-    if isinstance(error, OSError) and error.filename:
-        message = f"{error.filename}: {(error.strerror or 'failed').lower()}"
-    print("error:", " ".join(str(message).split()), file=sys.stderr)
-    raise typer.Exit(code)
-
+from zoo.terminal import OneLineErrors, check_row, plan_row, show, show_json, show_table, silence
 
 app = typer.Typer(
     cls=OneLineErrors,
@@ -77,7 +52,7 @@ def list_(
 @app.command()
 def info(name: Annotated[str, typer.Argument(metavar="NAME", help="A registered name, or KIND/NAME.")]) -> None:
     """Describe what is registered under a name."""
-    quiet()
+    silence()
     from zoo.commands.info import describe
 
     print("\n\n".join(describe(name)))
@@ -99,7 +74,7 @@ def convert(
     if (mixer is None) == (layout is None):
         raise ZooError("convert needs one of --mixer M and --layout L; pass exactly one of them")
     kept, heads = integers("--keep", keep) or [], heads_by_layer("--keep-heads", keep_heads or [])
-    quiet()
+    silence()
     from zoo.conversion.core.convert import convert as run
 
     report = run(source, out, mixer=mixer, keep=kept, keep_heads=heads, layout=layout, dry_run=dry_run)
@@ -124,7 +99,7 @@ def heal(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from OUT.partial.")] = False,
 ) -> None:
     """Train a converted model against its teacher."""
-    quiet()
+    silence()
     from zoo.conversion.core.heal import heal as run
 
     report = run(
@@ -149,7 +124,7 @@ def export(
     max_shard_size: Annotated[str, typer.Option(help="Such as 500MB.")] = "5GB",
 ) -> None:
     """Write a checkpoint that transformers loads without this library."""
-    quiet()
+    silence()
     from zoo.commands.export import run
 
     print(run(model, out, to, max_shard_size))
@@ -169,7 +144,7 @@ def evaluate(
     """Evaluate a model."""
     names = [name.strip() for name in tasks.split(",")] if tasks else None
     sizes = integers("--lengths", lengths)
-    quiet()
+    silence()
     from zoo.commands.evaluate import run
 
     results = run(model, names, out, teacher=teacher, data=data, lengths=sizes, samples=samples)
@@ -198,7 +173,7 @@ def select(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from OUT.partial.")] = False,
 ) -> None:
     """Rank the layers of a model by how much they need their attention."""
-    quiet()
+    silence()
     from zoo.commands.select import notes, table
     from zoo.selection import select as run
 
@@ -217,7 +192,7 @@ def verify(
     as_json: AsJson = False,
 ) -> None:
     """Check a converted model against its source, and say what each of its new layers does."""
-    quiet()
+    silence()
     from zoo.conversion.core.verification import verify as run
 
     checks = run(out, source, data=data, report=report or out)
@@ -239,7 +214,7 @@ def generate(
     seed: int = 0,
 ) -> None:
     """Continue a prompt; the text is printed as it comes."""
-    quiet()
+    silence()
     from zoo.commands.generate import stream
 
     stream(model, prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
@@ -257,7 +232,7 @@ def calibrate(
 ) -> None:
     """Find what a training-free method needs to know about each layer of a model."""
     options = parse_json("--args", args)
-    quiet()
+    silence()
     from zoo.commands.calibrate import run
 
     written = run(model, method, data, out, args=options, samples=samples, length=length)
@@ -271,7 +246,7 @@ def card(
     check: Annotated[bool, typer.Option("--check", help="Write nothing; exit 1 when a table is stale.")] = False,
 ) -> None:
     """Rewrite the generated tables of the model cards and of the README."""
-    quiet()
+    silence()
     from zoo import cards
 
     stale = [target for target in ([name] if name else cards.targets()) if cards.refresh(target, write=not check)]
@@ -295,7 +270,7 @@ def bench(
     if what != "kernels":
         raise ZooError(f"{what!r} cannot be measured; `zoo bench kernels` can")
     ops, peers = names_in(op), names_in(against) or []
-    quiet()
+    silence()
     from zoo.commands import bench as benchmark
 
     if tune:
@@ -316,87 +291,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="Directory to write; it must not exist.")] = Path("zoo-demo"),
 ) -> None:
     """Convert, heal and evaluate the bundled teacher; nothing is downloaded."""
-    quiet()
+    silence()
     from zoo.demo import run
 
     run(out)
-
-
-def quiet() -> None:
-    """Keep the progress bars and notices of transformers and datasets out of the output."""
-    from zoo.terminal import silence
-
-    silence()
-
-
-def integers(option: str, text: str | None) -> list[int] | None:
-    if text is None:
-        return None
-    try:
-        return [int(part) for part in text.split(",") if part.strip()]
-    except ValueError:
-        raise ZooError(f"{option} was {text!r}; it must be integers with commas between them, like 2,5,8") from None
-
-
-def heads_by_layer(option: str, texts: list[str]) -> dict[int, list[int]]:
-    found: dict[int, list[int]] = {}
-    for text in texts:
-        layer, colon, heads = text.partition(":")
-        numbers = [number.strip() for number in heads.split(",")]
-        if not colon or not all(number.isdecimal() for number in (layer.strip(), *numbers)):
-            raise ZooError(f"{option} was {text!r}; it must be a layer and heads of it, like 11:0,2")
-        if int(layer) in found:
-            raise ZooError(f"{option} names layer {int(layer)} twice; name its heads together, like {int(layer)}:0,2")
-        found[int(layer)] = [int(number) for number in numbers]
-    return found
-
-
-def parse_json(option: str, text: str) -> dict[str, Any]:
-    try:
-        found = json.loads(text)
-    except ValueError:
-        found = None
-    if not isinstance(found, dict):
-        raise ZooError(f'{option} was {text!r}; it must be a JSON object, like {{"budget": 0.1}}')
-    return found
-
-
-def names_in(text: str | None) -> list[str] | None:
-    return None if text is None else [part.strip() for part in text.split(",") if part.strip()]
-
-
-def plan_row(row: Any) -> tuple[str, ...]:
-    return row.target, str(row.operation), ", ".join(row.sources), "x".join(map(str, row.shape))
-
-
-def check_row(name: str, check: dict[str, Any]) -> tuple[str, ...]:
-    passed = {True: "yes", False: "no"}.get(check["passed"], "not run" if check.get("reason") else "measured")
-    return name, passed, short({key: item for key, item in check.items() if key != "passed" and item})
-
-
-def short(value: Any) -> str:
-    """One line for a check or a number; what is nested stays in the JSON file."""
-    if isinstance(value, dict):
-        return ", ".join(f"{key} {short(item)}" for key, item in value.items() if not isinstance(item, dict))
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def show_json(value: Any) -> None:
-    print(json.dumps(value, indent=2))
-
-
-def show_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
-    from rich.table import Table
-
-    table = Table()
-    for name in header:
-        table.add_column(name, overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    show(table)
-
-
-def show(table: Table) -> None:
-    from zoo.terminal import console
-
-    console().print(table)
