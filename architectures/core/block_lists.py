@@ -15,13 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from zoo.architectures.core.choosing import slices
 from zoo.architectures.core.mixer import wide
 from zoo.architectures.core.sparse import View
 from zoo.errors import ZooError
 from zoo.kernels import checks
 from zoo.kernels.block_sparse_attention.budget import BudgetSchedule
-
-LIMIT = 1 << 24  # weights at a time
 
 
 def check_block(name: str, size: object) -> None:
@@ -60,10 +59,6 @@ def span_of(view: View) -> Span:
     queries = torch.atleast_2d(view.query_positions()).expand(view.q.shape[0], -1)
     starts = torch.zeros_like(queries[:, 0]) if view.starts is None else view.starts.long()
     return Span(queries, queries[:, 0].clamp(min=0), queries[:, -1], (queries < 0).sum(1), starts)
-
-
-def scale_of(view: View) -> float:
-    return view.q.shape[3] ** -0.5 if view.scale is None else view.scale
 
 
 def by_sequence(rule: Callable[[View], Tensor], view: View) -> Tensor:
@@ -107,11 +102,10 @@ def mean(pieces: Tensor, known: Tensor) -> Tensor:
     return wide(pieces).sum(2) / known.sum(2).clamp(min=1)[..., None, None]
 
 
-def slices(view: View, query_block: int, block: int) -> Iterator[slice]:
+def some_heads(view: View, query_block: int, block: int) -> Iterator[slice]:
     """The query heads, as many at a time as their weights allow."""
     (b, tokens, heads, _), keys = view.q.shape, view.k.shape[1]
-    step = max(1, LIMIT // (b * -(-tokens // query_block) * -(-keys // block)))
-    return (slice(begin, min(begin + step, heads)) for begin in range(0, heads, step))
+    return slices(heads, b * -(-tokens // query_block) * -(-keys // block))
 
 
 class Lists(NamedTuple):

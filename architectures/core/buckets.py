@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from zoo.architectures.core.choosing import lengths
-from zoo.architectures.core.mixer import Context
+from zoo.architectures.core.mixer import Context, along
 from zoo.architectures.core.sparse import View
 
 
@@ -82,10 +82,10 @@ def both_sides(q: Tensor, k: Tensor, v: Tensor, ctx: Context, scale: float | Non
     if ctx.padding_mask is None:
         return View(q, k, v, cu_seqlens=ctx.cu_seqlens, scale=scale), None
     order = ctx.padding_mask.int().argsort(dim=1, stable=True)
-    q, k, v = (x.gather(1, order[..., None, None].expand_as(x)) for x in (q, k, v))
+    q, k, v = (along(x, order) for x in (q, k, v))
     return View(q, k, v, starts=(~ctx.padding_mask).sum(1), scale=scale), order.argsort(1)
 
 
 def back(x: Tensor, order: Tensor | None) -> Tensor:
     """`x [B, T, H, K]` as the tokens of the call lay."""
-    return x if order is None else x.gather(1, order[..., None, None].expand_as(x))
+    return x if order is None else along(x, order)

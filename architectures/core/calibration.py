@@ -39,8 +39,7 @@ class Sampler:
             raise ZooError(f"method {self.method!r} has no option {unknown[0]!r}, which its calibration found")
         self.layers[layer] = found
         self.done(layer)
-        o: Tensor = view.dense()
-        return o
+        return view.dense()
 
 
 def function_of(method: str) -> Any:

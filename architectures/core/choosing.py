@@ -1,11 +1,11 @@
-"""What methods share that choose keys for one query.
+"""What methods share that choose keys: notes that follow the cache, and work in slices.
 
 B batch, T new tokens, S keys.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import wraps
 from typing import Any, TypeVar
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from zoo.architectures.core.sparse import View
 from zoo.kernels import checks
 
+LIMIT = 1 << 24  # numbers computed at a time
 T = TypeVar("T")
 
 
@@ -34,6 +35,20 @@ def lengths(view: View) -> Tensor:
     return (view.query_positions()[..., -1] + 1).expand(view.q.shape[0])
 
 
-def follows(view: View, seen: int) -> bool:
-    """Whether notes about `seen` keys lack the keys of this call at most; a static cache has all its keys always."""
-    return view.k.shape[1] - seen in (0, view.q.shape[1])
+def follows(view: View, seen: int, noted: Tensor) -> bool:
+    """Whether what was `noted` about `seen` keys lacks the keys of this call at most, and may be written: a static
+    cache has all its keys always, and a tensor made in inference mode may be written only there."""
+    lacking = view.k.shape[1] - seen in (0, view.q.shape[1])
+    return lacking and (torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or not noted.is_inference())
+
+
+def widened(x: Tensor, count: int) -> Tensor:
+    """`x [B, n, ...]` with zeros behind it, up to `count` along n."""
+    missing = count - x.shape[1]
+    return x if missing <= 0 else torch.cat([x, x.new_zeros(x.shape[0], missing, *x.shape[2:])], 1)
+
+
+def slices(length: int, each: int, unit: int = 1) -> Iterator[slice]:
+    """Pieces of an axis of `length`, whole units of it, each of which costs `each` numbers."""
+    step = unit * max(1, LIMIT // max(each, 1))
+    return (slice(begin, min(begin + step, length)) for begin in range(0, length, step))

@@ -14,9 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zoo.architectures.core.choosing import follows, lengths
+from zoo.architectures.core.choosing import follows, lengths, widened
 from zoo.architectures.core.mixer import wide
-from zoo.architectures.core.pages import usable
 from zoo.architectures.core.sparse import View
 
 
@@ -46,7 +45,7 @@ def segment_clusters(view: View, segment: int, cluster: int, iterations: int) ->
     """Labels `[B, n, G, N]`, int16, and means `[B, n, G, C, K]` of all segments that the keys could fill; they mean
     nothing where a row has not filled a segment yet. From the notes, where these follow the cache."""
     keys, notes = view.k.shape[1], {} if view.notes is None else view.notes
-    if "labels" not in notes or not follows(view, notes["seen"]) or not usable(notes["labels"]):
+    if "labels" not in notes or not follows(view, notes["seen"], notes["labels"]):
         first = torch.arange(keys // segment, device=view.k.device).expand(view.k.shape[0], -1)
         notes["labels"], notes["means"] = _clustered(view, first, segment, cluster, iterations)
     else:
@@ -58,10 +57,8 @@ def segment_clusters(view: View, segment: int, cluster: int, iterations: int) ->
 def _extend(view: View, notes: dict[str, Any], segment: int, cluster: int, iterations: int) -> None:
     """Cluster, in place, the segments that this call may have filled."""
     tokens, count, held = view.q.shape[1], view.k.shape[1] // segment, notes["labels"].shape[1]
-    if count > held:
-        for name in ("labels", "means"):
-            old = notes[name]
-            notes[name] = torch.cat([old, old.new_zeros(old.shape[0], count - held, *old.shape[2:])], 1)
+    for name in ("labels", "means"):
+        notes[name] = widened(notes[name], count)
     if view.q_positions is None and view.starts is None and count == held:
         return  # elsewhere only the device knows where a row's segments end
     newest = torch.arange(min(tokens // segment + 1, count), device=view.k.device)

@@ -10,26 +10,19 @@ K width of the vectors, L hash tables, P bits of a code, R rounds, N buckets.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
+from zoo.architectures.core.choosing import slices
 from zoo.architectures.core.mixer import wide
 
-LIMIT = 1 << 24  # numbers computed at a time
 MOST_BITS = 15  # of a code of 16 bits with a sign
 
 
 def draw(shape: tuple[int, ...], seed: int) -> Tensor:
     """Normal numbers, fp32, the same on every machine."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def slices(length: int, each: int) -> Iterator[slice]:
-    """Pieces of an axis of `length`, each entry of which costs `each` numbers."""
-    step = max(1, LIMIT // max(each, 1))
-    return (slice(begin, min(begin + step, length)) for begin in range(0, length, step))
 
 
 def sign_codes(x: Tensor, planes: Tensor) -> Tensor:

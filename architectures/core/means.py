@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoo.architectures.core.pages import row_positions, usable
+from zoo.architectures.core.choosing import follows, widened
+from zoo.architectures.core.pages import row_positions
 from zoo.architectures.core.sparse import View
 from zoo.kernels.block_sparse_attention.scores import pool_keys
 
@@ -26,11 +27,11 @@ def means_bytes(length: int, size: int, kv_heads: int, head_dim: int, itemsize: 
 @torch.no_grad()
 def piece_means(view: View, size: int) -> Tensor:
     """`[B, n, G, K]` in fp32 (fp64), n = S / size rounded up."""
-    notes, keys, tokens = view.notes, view.k.shape[1], view.q.shape[1]
+    notes, keys = view.notes, view.k.shape[1]
     if notes is None:
         return pool_keys(view.k, size=size, starts=view.starts)
     old = notes.get("means")
-    if old is not None and keys - notes["means_of"] in (0, tokens) and usable(old):  # 0: a static cache
+    if old is not None and follows(view, notes["means_of"], old):
         found = _refreshed(view, old, size, -(-keys // size))
     else:
         found = pool_keys(view.k, size=size, starts=view.starts)
@@ -40,8 +41,7 @@ def piece_means(view: View, size: int) -> Tensor:
 
 def _refreshed(view: View, old: Tensor, size: int, pieces: int) -> Tensor:
     """`old`, with the pieces that the keys of this call lie in pooled anew, and room for `pieces`."""
-    if pieces > old.shape[1]:
-        old = torch.cat([old, old.new_zeros(old.shape[0], pieces - old.shape[1], *old.shape[2:])], 1)
+    old = widened(old, pieces)
     count = min((view.q.shape[1] + size - 2) // size + 1, pieces)
     first = (row_positions(view)[:, None].clamp(min=0) // size).clamp(max=pieces - count)  # [B, 1]
     begins: Any = 0 if view.starts is None else view.starts[:, None]

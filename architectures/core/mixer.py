@@ -190,6 +190,11 @@ def repeat_heads(x: Tensor, groups: int) -> Tensor:
     return x if groups == 1 else torch.repeat_interleave(x, groups, dim=2)
 
 
+def along(x: Tensor, index: Tensor) -> Tensor:
+    """The tokens `index [B, N]` of each row of `x [B, T, ...]`, `[B, N, ...]`."""
+    return torch.take_along_dim(x, index.view(*index.shape, *[1] * (x.dim() - 2)), dim=1)
+
+
 def wide(x: Tensor) -> Tensor:
     """`x` in fp32, or as it is when fp64: the dtype of gates, norms and states."""
     return x if x.dtype == torch.float64 else x.float()

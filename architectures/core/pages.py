@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoo.architectures.core.sparse import View
+from zoo.architectures.core.choosing import follows, widened
+from zoo.architectures.core.sparse import Method, SparseAttention, View
 from zoo.kernels.block_sparse_attention.budget import BudgetSchedule
 from zoo.kernels.block_sparse_attention.scores import extend_pooled, pool_keys
 from zoo.kernels.block_sparse_attention.select import select_blocks
@@ -62,11 +63,11 @@ class Pages:
     def noted(self, view: View, notes: dict[str, Any]) -> Tensor:
         """`[B, n, G, R or 2 R]` of all keys up to the one of the query."""
         pages, keys = notes.get("pages"), view.k.shape[1]
-        if pages is None or not usable(pages) or keys - notes["seen"] not in (0, 1):  # 0: a static cache
-            pages = self.with_room(self.pool(view.k, view.starts), keys)
+        if pages is None or not follows(view, notes["seen"], pages):
+            pages = widened(self.pool(view.k, view.starts), self.room(keys))
             self.refresh(view, pages)
         else:
-            pages = self.with_room(pages, keys)
+            pages = widened(pages, self.room(keys))
             new = self.features(view.k.gather(1, row_of(view, 0, 1, view.k)))
             kind = "antidiagonal" if self.single else "bounds"
             extend_pooled(pages, new, row_positions(view), size=self.size, score=kind)
@@ -76,19 +77,14 @@ class Pages:
     @torch.no_grad()
     def follow(self, view: View) -> None:
         """Bring the notes up to date with a call of several tokens, or drop them where tokens were missed."""
-        notes, tokens, keys = view.notes, view.q.shape[1], view.k.shape[1]
+        notes, keys = view.notes, view.k.shape[1]
         if notes is None or "pages" not in notes:
             return
-        if keys - notes["seen"] in (0, tokens) and usable(notes["pages"]):
-            notes["pages"], notes["seen"] = self.with_room(notes["pages"], keys), keys
+        if follows(view, notes["seen"], notes["pages"]):
+            notes["pages"], notes["seen"] = widened(notes["pages"], self.room(keys)), keys
             self.refresh(view, notes["pages"])
         else:
             del notes["pages"], notes["seen"]
-
-    def with_room(self, pages: Tensor, keys: int) -> Tensor:
-        if (missing := self.room(keys) - pages.shape[1]) <= 0:
-            return pages
-        return torch.cat([pages, pages.new_zeros(pages.shape[0], missing, *pages.shape[2:])], 1)
 
     def refresh(self, view: View, pages: Tensor) -> None:
         """Pool anew, in place, the pages that the keys of this call lie in, of their keys up to the last query's."""
@@ -101,9 +97,27 @@ class Pages:
         pages.scatter_(1, index[..., None, None].expand_as(fresh), fresh)
 
 
-def usable(x: Tensor) -> bool:
-    """Whether a noted tensor may be written: one made in inference mode only there."""
-    return torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or not x.is_inference()
+class Paged(Method):
+    """A method of decode that chooses pages; `pages` is what the cache notes of them."""
+
+    phases = ("decode",)
+    pages: Pages
+
+    def observe(self, view: View) -> None:
+        self.pages.follow(view)
+
+
+class PagedAttention(SparseAttention):
+    """A mixer whose method is a `Paged` one."""
+
+    @property
+    def features(self) -> int:
+        """Features of a key of which pages are made."""
+        return self.head_dim
+
+    def state_bytes(self, length: int, itemsize: int = 2) -> int:
+        noted: int = self.rule.pages.bytes(length, self.kv_heads, self.features, itemsize)
+        return super().state_bytes(length, itemsize) + noted
 
 
 def row_positions(view: View) -> Tensor:

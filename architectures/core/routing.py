@@ -6,20 +6,19 @@ dimension.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from zoo.architectures.core.choosing import slices
 from zoo.architectures.core.mixer import wide
 from zoo.architectures.core.sparse import View
 from zoo.kernels import checks
 from zoo.kernels.block_sparse_attention.budget import BudgetSchedule
 from zoo.kernels.block_sparse_attention.select import choose_blocks
-
-LIMIT = 1 << 24  # weights at a time
 
 Weigh = Callable[[Tensor, Tensor], Tensor]
 
@@ -53,19 +52,13 @@ def route(
     options: dict[str, Any] = dict(query_block=query_block, block=block, local=local, sink=sink, starts=view.starts)
     found = []
     with checks.autocast_off(q):
-        for part in slices(q, max(width, -(-view.k.shape[1] // block)), query_block):
+        one = q.shape[0] * q.shape[2] * max(width, -(-view.k.shape[1] // block))
+        for part in slices(q.shape[1], one, query_block):
             weights = weigh(q[:, part], at[:, part])
             found.append(choose_blocks(weights, q[:, part], view.k, budget, q_positions=at[:, part], **options))
     longest = max(blocks.shape[3] for blocks, _ in found)
     lists = torch.cat([F.pad(blocks, (0, longest - blocks.shape[3]), value=-1) for blocks, _ in found], 2)
     return lists, torch.cat([counts for _, counts in found], 2)
-
-
-def slices(q: Tensor, width: int, query_block: int = 1) -> Iterator[slice]:
-    """The queries `[B, T, H, K]`, as many blocks at a time as weights of `width` numbers for each allow."""
-    b, tokens, heads = q.shape[:3]
-    step = query_block * max(1, LIMIT // max(1, b * heads * width))
-    return (slice(begin, min(begin + step, tokens)) for begin in range(0, tokens, step))
 
 
 def window_weights(q: Tensor, k: Tensor, at: Tensor, size: int, stride: int, scale: float | None) -> Tensor:
@@ -74,7 +67,7 @@ def window_weights(q: Tensor, k: Tensor, at: Tensor, size: int, stride: int, sca
     Args:
         q: `[B, R, H, K]` at positions `at [B, R]`; k: `[B, N, G, K]`, of windows of `size` tokens every `stride` ones.
     """
-    heads, scale = k.shape[2], q.shape[-1] ** -0.5 if scale is None else scale
+    heads, scale = k.shape[2], checks.default_scale(scale, q)
     scores = scale * torch.einsum("brghk,bngk->bghrn", wide(q).unflatten(2, (heads, -1)), wide(k))
     seen = torch.arange(k.shape[1], device=k.device) * stride + size - 1 <= at[..., None]
     scores = scores.masked_fill(~seen[:, None, None], -torch.inf)

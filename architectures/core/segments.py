@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from zoo.architectures.core.mixer import Context
+from zoo.architectures.core.mixer import Context, along
 
 
 class Segments:
@@ -59,4 +59,4 @@ class Segments:
         """Of `[N, M C, ...]` the segment `[N, C, ...]` in which each row's next token falls."""
         start = (self.filled // self.size * self.size)[:, None]
         index = (start + torch.arange(self.size, device=x.device)).clamp(max=self.length - 1)
-        return torch.take_along_dim(x, index.view(*index.shape, *[1] * (x.dim() - 2)), dim=1)
+        return along(x, index)

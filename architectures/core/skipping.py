@@ -18,7 +18,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from zoo.architectures.core.block_lists import LIMIT, Lists, Span, cut_keys, cut_queries, join, scale_of
+from zoo.architectures.core.block_lists import Lists, Span, cut_keys, cut_queries, join
+from zoo.architectures.core.choosing import slices
 from zoo.architectures.core.mixer import wide
 from zoo.architectures.core.sparse import View
 
@@ -32,12 +33,11 @@ def unskipped(view: View, span: Span, lists: Lists, query_block: int, block: int
     at = span.first[:, None, None] + torch.arange(q.shape[1] * query_block, device=q.device).view(-1, query_block)
     k, group = cut_keys(view, span, block)[0], view.q.shape[2] // view.k.shape[2]
     one = view.q.shape[0] * group * ordered.shape[3] * block * (q.shape[4] + query_block)
-    step, kept = max(1, LIMIT // one), torch.zeros_like(ordered, dtype=torch.bool)
+    kept = torch.zeros_like(ordered, dtype=torch.bool)
     for g in range(k.shape[3]):
         heads = slice(g * group, (g + 1) * group)
-        for begin in range(0, q.shape[1], step):
-            rows = slice(begin, begin + step)
-            queries = q[:, rows, :, heads] * scale_of(view)
+        for rows in slices(q.shape[1], one):
+            queries = q[:, rows, :, heads] * view.factor
             places = torch.where(known[:, rows], at[:, rows], -1)
             kept[:, heads, rows] = differences(queries, k[:, :, :, g], ordered[:, heads, rows], places) >= skip
     kept = kept & (ordered < last)

@@ -24,6 +24,7 @@ from zoo.architectures.core.mixer import Context
 from zoo.architectures.core.plan import AttentionSpec, MixerPlan
 from zoo.architectures.core.softmax import SoftmaxArgs, SoftmaxAttention, attention_rows
 from zoo.errors import ZooError
+from zoo.kernels import checks
 from zoo.kernels.attention import attention
 from zoo.kernels.block_sparse_attention import block_sparse_attention
 from zoo.kernels.block_sparse_attention.budget import BudgetSchedule
@@ -73,22 +74,32 @@ class View:
         """Where queries and keys lie, as arguments of the sparse ops."""
         return dict(q_positions=self.q_positions, starts=self.starts, cu_seqlens=self.cu_seqlens)
 
-    def attend(self, blocks: Tensor, counts: Tensor | None = None, **options: Any) -> Any:
-        """`block_sparse_attention` of this call, `[B, T, H, K]`."""
-        return block_sparse_attention(
-            self.q, self.k, self.v, blocks, counts, scale=self.scale, **self.places, **options
-        )
+    @property
+    def factor(self) -> float:
+        """The factor on scores."""
+        return checks.default_scale(self.scale, self.q)
+
+    def attend(self, blocks: Tensor, counts: Tensor | None = None, **options: Any) -> Tensor:
+        """`block_sparse_attention` of this call, `[B, T, H, V]`."""
+        return self.attend_lse(blocks, counts, **options)[0]
+
+    def attend_lse(self, blocks: Tensor, counts: Tensor | None = None, **options: Any) -> tuple[Tensor, Tensor]:
+        """`attend`, and the log of the softmax's denominator `[B, T, H]`."""
+        call = dict(scale=self.scale, return_lse=True, **self.places, **options)
+        o, lse = block_sparse_attention(self.q, self.k, self.v, blocks, counts, **call)
+        return o, lse
 
     def select(self, budget: BudgetSchedule, **options: Any) -> tuple[Tensor, Tensor]:
         """`select_blocks` for the queries of this call."""
         return select_blocks(self.q, self.k, budget, scale=self.scale, **self.places, **options)
 
-    def dense(self, **options: Any) -> Any:
-        """Attention to all tokens so far, `[B, T, H, K]`; `options` are those of the op `attention`."""
+    def dense(self, **options: Any) -> Tensor:
+        """Attention to all tokens so far, `[B, T, H, V]`; `options` are those of the op `attention`."""
         places: dict[str, Any] = dict(cu_seqlens=self.cu_seqlens)
         if self.starts is not None or self.q_positions is not None:
             places |= dict(q_positions=self.query_positions(), k_positions=self.key_positions())
-        return attention(self.q, self.k, self.v, causal=True, scale=self.scale, **places, **options)
+        o: Tensor = attention(self.q, self.k, self.v, causal=True, scale=self.scale, **places, **options)
+        return o
 
     def query_positions(self) -> Tensor:
         """`[B, T]` or `[T]`: position of each query in its own sequence, negative on left padding."""
@@ -120,8 +131,7 @@ class Method:
         phase = "decode" if view.decoding else "prefill"
         if phase not in self.phases:
             self.observe(view)
-            dense: Tensor = view.dense()
-            return dense
+            return view.dense()
         return self.decode(view) if view.decoding else self.prefill(view)
 
     def observe(self, view: View) -> None:

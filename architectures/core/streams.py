@@ -37,11 +37,12 @@ class StreamArgs(SparseArgs):
             raise ZooError(f"sinks was {self.sinks} of a budget of {self.budget}; it must be 0 or more, and leave some")
 
 
-def attend_stream(view: View, window: int, sinks: int, blocks: Tensor | None = None, **options: Any) -> Any:
-    """`[B, 1, H, K]` of one query, reading what it sees alone; `blocks [B, G, 1, n]` of 128 keys are seen as well."""
+def attend_stream(view: View, window: int, sinks: int, blocks: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """`[B, 1, H, K]` and the log of the denominator `[B, 1, H]` of one query, reading what it sees alone; `blocks
+    [B, G, 1, n]` of 128 keys are seen as well."""
     if blocks is None:
         blocks = torch.full((view.q.shape[0], view.k.shape[2], 1, 1), -1, dtype=torch.int32, device=view.q.device)
-    return view.attend(blocks, query_block=1, block=128, window=window, sink_tokens=sinks, **options)
+    return view.attend_lse(blocks, query_block=1, block=128, window=window, sink_tokens=sinks)
 
 
 def keys_of(view: View) -> Keys:

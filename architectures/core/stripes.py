@@ -28,8 +28,7 @@ from zoo.architectures.core.block_lists import (
     join,
     listed,
     mean,
-    scale_of,
-    slices,
+    some_heads,
     span_of,
 )
 from zoo.architectures.core.mixer import repeat_heads, wide
@@ -55,7 +54,7 @@ def stripes(view: View, span: Span, last: int) -> Stripes:
     found = []
     for g in range(view.k.shape[2]):  # one KV head after the other, as n x S weights of all may be too many
         group = q.unflatten(2, (view.k.shape[2], -1))[:, :, g]
-        scores = scale_of(view) * torch.einsum("bnhk,bsk->bhns", group, wide(view.k[:, :, g]))
+        scores = view.factor * torch.einsum("bnhk,bsk->bhns", group, wide(view.k[:, :, g]))
         weights = scores.masked_fill(hidden[:, None], -torch.inf).softmax(-1).masked_fill(hidden[:, None], 0.0)
         slash = weights.gather(3, back.expand_as(weights)).masked_fill(beyond, 0.0)
         found.append(Stripes(weights.sum(2), slash.sum(2)))
@@ -121,8 +120,7 @@ def read(view: View, pattern: Pattern, budget: BudgetSchedule, block: int) -> Te
     """`[B, T, H, V]`: attention to the keys that the pattern chooses, by blocks of `block` queries and keys."""
     with torch.no_grad():
         lists, columns = choose(view, pattern, budget, block)
-    o: Tensor = view.attend(lists.blocks, lists.counts, columns=columns, query_block=block, block=block)
-    return o
+    return view.attend(lists.blocks, lists.counts, columns=columns, query_block=block, block=block)
 
 
 def choose(view: View, pattern: Pattern, budget: BudgetSchedule, block: int) -> tuple[Lists, Tensor | None]:
@@ -136,11 +134,11 @@ def choose(view: View, pattern: Pattern, budget: BudgetSchedule, block: int) -> 
         rank = torch.where(rank * (slashes[..., None] + 0.5) >= 1, rank, 0.0)  # a rank is 1 / its place
     means = None if pattern.pooled is None else pooled(view, span, block)
     parts = []
-    for some in slices(view, block, block):
+    for some in some_heads(view, block, block):
         weights = crossed(rank[:, some], span.first, block, visible.shape[1:])
         marked = (weights > 0) & visible[:, None]
         if means is not None and pattern.pooled is not None:
-            estimate = pooled_weights(means[0][:, :, some], means[1][:, :, some], visible, scale_of(view))
+            estimate = pooled_weights(means[0][:, :, some], means[1][:, :, some], visible, view.factor)
             instead = pattern.pooled[:, some, None, None]
             weights = torch.where(instead, estimate, weights)
             if budget.mass is not None:

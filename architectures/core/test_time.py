@@ -14,7 +14,7 @@ from torch import Tensor
 
 from zoo.architectures.core.cache import LayerCache
 from zoo.architectures.core.cache_view import CacheView
-from zoo.architectures.core.mixer import Context
+from zoo.architectures.core.mixer import Context, along
 from zoo.kernels.test_time_training import (
     test_time_training,
     test_time_training_state,
@@ -104,11 +104,11 @@ class Rows:
 
     def pack(self, x: Tensor) -> Tensor:
         """`[B, T, ...] -> [1, B T, ...]`."""
-        return _along(x, self.order).flatten(0, 1)[None]
+        return along(x, self.order).flatten(0, 1)[None]
 
     def unpack(self, x: Tensor) -> Tensor:
         """`[1, B T, ...] -> [B, T, ...]`."""
-        return _along(x[0].unflatten(0, self.shape), self.order.argsort(dim=1))
+        return along(x[0].unflatten(0, self.shape), self.order.argsort(dim=1))
 
     @staticmethod
     def twice(state: Tree) -> Tree:
@@ -119,10 +119,6 @@ class Rows:
     def once(state: Tree) -> Tree:
         """The states of the rows' tokens."""
         return {name: x[::2] for name, x in state.items()}
-
-
-def _along(x: Tensor, order: Tensor) -> Tensor:
-    return torch.take_along_dim(x, order.view(*order.shape, *[1] * (x.dim() - 2)), dim=1)
 
 
 def learn(learner: Learner, tokens: Mapping[str, Tensor], ctx: Context, cache: LayerCache | CacheView | None) -> Tensor:

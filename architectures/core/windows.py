@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from zoo.architectures.core.cache import LayerCache
-from zoo.architectures.core.mixer import Context
+from zoo.architectures.core.mixer import Context, along
 from zoo.architectures.core.rope import RotaryTable
 from zoo.kernels import checks
 from zoo.kernels.attention import attention
@@ -43,7 +43,7 @@ class Windows:
 
     def at_last(self, x: Tensor) -> Tensor:
         """Of `x [B, T, ...]` the windows' last tokens, `[B, M, ...]`."""
-        return torch.take_along_dim(x, self.last.view(*self.last.shape, *[1] * (x.dim() - 2)), dim=1)
+        return along(x, self.last)
 
     def rotated_at(self, place: int, table: RotaryTable, name: str, ctx: Context) -> Context:
         """`ctx` with the rotary table `name` at token `place` of each window."""
@@ -117,16 +117,12 @@ def _by_row(new: dict[str, Tensor], ctx: Context, cache: LayerCache | None, size
     places, kept = places.clamp(0, t + size - 2), known + torch.arange(size - 1, device=device)
     tokens = {}
     for name, x in new.items():
-        held = _held(name, _pick(x, order), cache, size)
+        held = _held(name, along(x, order), cache, size)
         if cache is not None:
-            cache.put(f"{name}_last", _pick(held, kept), "ring")
-        tokens[name] = _pick(held, places).unflatten(1, (-1, size))
+            cache.put(f"{name}_last", along(held, kept), "ring")
+        tokens[name] = along(held, places).unflatten(1, (-1, size))
     last = order.gather(1, (end - before).clamp(0, t - 1))
     return Windows(size, stride, tokens, index, last, end < before + known)
-
-
-def _pick(x: Tensor, index: Tensor) -> Tensor:
-    return torch.take_along_dim(x, index.view(*index.shape, *[1] * (x.dim() - 2)), dim=1)
 
 
 def entries(name: str, new: Tensor, found: Windows, ctx: Context, cache: LayerCache | None) -> Tensor:

@@ -71,24 +71,20 @@ class ClusterKV(Method):
 
     def decode(self, view: View) -> Tensor:
         if self.args.everything:
-            dense: Tensor = view.dense()
-            return dense
+            return view.dense()
         labels, means = self.clusters(view)
         if not labels.shape[1]:
-            dense = view.dense()
-            return dense
+            return view.dense()
         kept = dict(local=self.args.segment, sink=self.args.sinks, **view.places)
         weights = self.weights(view, labels, means)
         lists = choose_blocks(weights, view.q, view.k, self.args.schedule, query_block=1, block=1, **kept)
-        o: Tensor = view.attend(*lists, query_block=1, block=1)
-        return o
+        return view.attend(*lists, query_block=1, block=1)
 
     @chooses
     def weights(self, view: View, labels: Tensor, means: Tensor) -> Tensor:
         """`[B, G, 1, S]` by the positions of the keys; of budgets by mass shares, else their logarithms."""
         q = wide(view.q[:, 0]).unflatten(1, (means.shape[2], -1))
-        scale = means.shape[4] ** -0.5 if view.scale is None else view.scale
-        scores = scale * torch.einsum("bgmk,bngck->bgmnc", q, wide(means))
+        scores = view.factor * torch.einsum("bgmk,bngck->bgmnc", q, wide(means))
         index = labels.long().movedim(1, 2)[:, :, None].expand(-1, -1, q.shape[2], -1, -1)
         scores = scores.gather(4, index)  # [B, G, M, n, N]
         full = torch.arange(labels.shape[1], device=q.device) < (lengths(view) // self.args.segment)[:, None]

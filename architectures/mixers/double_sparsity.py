@@ -17,10 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoo.architectures.core.pages import Pages
-from zoo.architectures.core.sparse import Method, SparseArgs, SparseAttention, View
+from zoo.architectures.core.pages import Paged, PagedAttention, Pages
+from zoo.architectures.core.sparse import SparseArgs, View
 from zoo.errors import ZooError
-from zoo.kernels.checks import default_scale
 
 EXAMPLE = {"heads": 4, "head_dim": 16, "kv_heads": 2, "rope": "default", "budget": 1.0}
 VARIANTS = {"shared": {**EXAMPLE, "channels": ((3, 11), (0, 8)), "share": True, "budget": 24}}
@@ -58,8 +57,7 @@ class Args(SparseArgs):
             )
 
 
-class DoubleSparsity(Method):
-    phases = ("decode",)
+class DoubleSparsity(Paged):
     name = "double_sparsity"
 
     def __init__(self, args: Args) -> None:
@@ -78,24 +76,21 @@ class DoubleSparsity(Method):
         index = index[:, None].expand(-1, x.shape[2] // len(index), -1).flatten(0, 1)
         return x.gather(3, index.expand(*x.shape[:2], -1, -1))
 
-    def observe(self, view: View) -> None:
-        self.pages.follow(view)
-
     def decode(self, view: View) -> Tensor:
         options: dict[str, Any] = dict(heads="kv" if self.args.share else "query")
-        scale = default_scale(view.scale, view.q)
+        scale = view.factor
         tokens, counts = self.pages.select(view, self.labels(view.q), self.args.schedule, scale=scale, **options)
-        o: Tensor = view.attend(tokens, counts, query_block=1, block=1)
-        return o
+        return view.attend(tokens, counts, query_block=1, block=1)
 
 
-class DoubleSparsityAttention(SparseAttention):
+class DoubleSparsityAttention(PagedAttention):
     options = Args
     method = DoubleSparsity
 
-    def state_bytes(self, length: int, itemsize: int = 2) -> int:
-        noted: int = self.rule.pages.bytes(length, self.kv_heads, self.args.count, itemsize)
-        return super().state_bytes(length, itemsize) + noted
+    @property
+    def features(self) -> int:
+        count: int = self.args.count
+        return count
 
 
 def calibrate(view: View, args: Args) -> dict[str, Any]:

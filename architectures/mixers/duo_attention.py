@@ -108,8 +108,7 @@ class DuoAttention(Method):
         blocks = torch.arange(-(-view.k.shape[1] // BLOCK), dtype=torch.int32, device=view.k.device)
         none = torch.full_like(blocks, -1)
         lists = torch.stack([blocks if g in self.split[0] else none for g in range(len(self.order))])[None, :, None]
-        o: Tensor = attend_stream(view, self.args.window, self.args.sinks, lists.expand(view.q.shape[0], -1, -1, -1))
-        return o
+        return attend_stream(view, self.args.window, self.args.sinks, lists.expand(view.q.shape[0], -1, -1, -1))[0]
 
 
 class DuoAttentionMixer(SparseAttention):

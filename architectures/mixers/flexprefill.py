@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zoo.architectures.core.block_lists import Span, by_sequence, check_block, cut_keys, mean, scale_of, span_of
+from zoo.architectures.core.block_lists import Span, by_sequence, check_block, cut_keys, mean, span_of
 from zoo.architectures.core.linear import check_sizes
 from zoo.architectures.core.mixer import repeat_heads
 from zoo.architectures.core.sparse import Method, SparseArgs, SparseAttention, View
@@ -89,7 +89,7 @@ def distributions(view: View, span: Span, vertical: Tensor, block: int) -> tuple
     q = mean(view.q[:, -tokens:].masked_fill(~known[..., None, None], 0.0)[:, None], known[:, None])
     k = repeat_heads(mean(*cut_keys(view, span, block)), heads // view.k.shape[2])
     visible = torch.arange(k.shape[1], device=k.device) * block <= span.last[:, None]
-    estimate = pooled_weights(q, k, visible[:, None], scale_of(view))[:, :, 0]
+    estimate = pooled_weights(q, k, visible[:, None], view.factor)[:, :, 0]
     truth = F.pad(vertical, (0, -vertical.shape[2] % block)).unflatten(2, (-1, block)).sum(3)
     return estimate, truth / truth.sum(2, keepdim=True).clamp(min=torch.finfo(truth.dtype).tiny)
 

@@ -76,8 +76,7 @@ class InfLLM(Method):
 
     def prefill(self, view: View) -> Tensor:
         if self.args.dense(view.k.shape[1]):
-            o: Tensor = view.dense()
-            return o
+            return view.dense()
         return by_sequence(self._routed, view)
 
     decode = prefill
@@ -96,8 +95,7 @@ class InfLLM(Method):
         )
         if args.dense_len:
             lists, counts = self._with_dense(view, lists, counts, blocks)
-        o: Tensor = view.attend(lists, counts, query_block=1, block=args.block)
-        return o
+        return view.attend(lists, counts, query_block=1, block=args.block)
 
     def _with_dense(self, view: View, lists: Tensor, counts: Tensor, blocks: int) -> tuple[Tensor, Tensor]:
         """The lists, but all blocks for queries at positions below `dense_len`."""

@@ -25,9 +25,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from zoo.architectures.core.block_lists import by_sequence
+from zoo.architectures.core.choosing import slices
 from zoo.architectures.core.linear import check_sizes
-from zoo.architectures.core.mixer import wide
-from zoo.architectures.core.routing import real_first, slices
+from zoo.architectures.core.mixer import along, wide
+from zoo.architectures.core.routing import real_first
 from zoo.architectures.core.sparse import SparseArgs, SparseAttention, View
 from zoo.kernels import checks
 from zoo.kernels.block_sparse_attention.select import choose_blocks
@@ -77,7 +78,7 @@ class Landmarks:
         k, v = (self._blocks(x, view.starts) for x in (view.k, view.v))
         learning = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
         parts = []
-        for part in slices(q, k.shape[1] * k.shape[2]):
+        for part in slices(q.shape[1], q.shape[0] * q.shape[2] * k.shape[1] * k.shape[2]):
             inputs = (view, q[:, part], at[:, part], k, v)
             parts.append(checkpoint(self._slice, *inputs, use_reentrant=False) if learning else self._slice(*inputs))
         o = torch.cat(parts, 1)
@@ -85,14 +86,14 @@ class Landmarks:
             return o
         padding = (torch.atleast_2d(view.query_positions()) < 0).sum(1, keepdim=True)
         index = (torch.arange(o.shape[1], device=o.device) - padding).clamp(min=0).expand(o.shape[:2])
-        return o.gather(1, index[..., None, None].expand_as(o))
+        return along(o, index)
 
     def _blocks(self, x: Tensor, starts: Tensor | None) -> Tensor:
         """`[B, S, G, K]` as blocks `[B, N, C, G, K]` of each sequence."""
         size, length = self.args.block_size, x.shape[1]
         if starts is not None:
             index = (starts[:, None] + torch.arange(length, device=x.device)).clamp(max=length - 1)
-            x = x.gather(1, index[..., None, None].expand_as(x))
+            x = along(x, index)
         return F.pad(x, (0, 0, 0, 0, 0, -length % size)).unflatten(1, (-1, size))
 
     def _slice(self, view: View, q: Tensor, at: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -108,8 +109,7 @@ class Landmarks:
     @staticmethod
     def _scaled(view: View, q: Tensor) -> Tensor:
         """`[B, R, G, H / G, K]`"""
-        scale = q.shape[-1] ** -0.5 if view.scale is None else view.scale
-        return scale * wide(q).unflatten(2, (view.k.shape[2], -1))
+        return view.factor * wide(q).unflatten(2, (view.k.shape[2], -1))
 
     def _choose(self, view: View, q: Tensor, at: Tensor, marks: Tensor) -> tuple[Tensor, Tensor]:
         """Lists of blocks by the scores of their landmarks, `marks [B, H, R, N]`."""

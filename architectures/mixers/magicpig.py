@@ -21,11 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zoo.architectures.core.choosing import chooses, follows, lengths
+from zoo.architectures.core.choosing import chooses, follows, lengths, widened
 from zoo.architectures.core.linear import check_sizes
 from zoo.architectures.core.lsh import MOST_BITS, agreements, collision, draw, sign_codes
 from zoo.architectures.core.mixer import wide
-from zoo.architectures.core.pages import usable
 from zoo.architectures.core.sparse import Method, SparseArgs, SparseAttention, View
 from zoo.errors import ZooError
 
@@ -75,12 +74,10 @@ class MagicPIG(Method):
 
     def decode(self, view: View) -> Tensor:
         if self.args.everything:
-            dense: Tensor = view.dense()
-            return dense
+            return view.dense()
         blocks, counts, bias = self.sample(view)
         static = dict(window=self.args.window, sink_tokens=self.args.sinks)
-        o: Tensor = view.attend(blocks, counts, query_block=1, block=1, bias=bias, **static)
-        return o
+        return view.attend(blocks, counts, query_block=1, block=1, bias=bias, **static)
 
     @chooses
     def sample(self, view: View) -> tuple[Tensor, Tensor, Tensor]:
@@ -121,10 +118,10 @@ class MagicPIG(Method):
         tokens, keys = view.q.shape[1], view.k.shape[1]
         notes: dict[str, Any] = {} if view.notes is None else view.notes
         codes = notes.get("codes")
-        if codes is None or not follows(view, notes["seen"]) or not usable(codes):
-            codes = with_room(sign_codes(wide(view.k) - self.centre(view), self.planes(view.k)), keys)
+        if codes is None or not follows(view, notes["seen"], codes):
+            codes = widened(sign_codes(wide(view.k) - self.centre(view), self.planes(view.k)), rounded(keys))
         else:  # the keys that have just left the window
-            codes, last = with_room(codes, keys), lengths(view)[:, None] - self.args.window
+            codes, last = widened(codes, rounded(keys)), lengths(view)[:, None] - self.args.window
             slots = last - 1 - torch.arange(tokens, device=codes.device)
             slots = slots.clamp(min=0) if view.starts is None else slots.clamp(min=0) + view.starts[:, None]
             new = wide(view.k.take_along_dim(slots[..., None, None], 1)) - self.centre(view)
@@ -137,12 +134,6 @@ class MagicPIG(Method):
 def rounded(length: int) -> int:
     """Tokens that the notes about `length` keys have room for."""
     return -(-length // ROOM) * ROOM
-
-
-def with_room(codes: Tensor, length: int) -> Tensor:
-    """`codes [B, S, G, L]` with room for `length` keys and more."""
-    more = rounded(length) - codes.shape[1]
-    return codes if more <= 0 else torch.cat([codes, codes.new_zeros(codes.shape[0], more, *codes.shape[2:])], 1)
 
 
 class MagicPIGAttention(SparseAttention):

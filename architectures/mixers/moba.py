@@ -47,15 +47,12 @@ class Moba(Method):
     name = "moba"
 
     def prefill(self, view: View) -> Tensor:
-        o: Tensor
         if self.args.everything:
-            o = view.dense()
-            return o
+            return view.dense()
         sizes = dict(query_block=1, block=self.args.block)
         pooled = None if view.notes is None else piece_means(view, self.args.block)
         blocks, counts = view.select(self.args.schedule, score="mean", heads="query", pooled=pooled, **sizes)
-        o = view.attend(blocks, counts, **sizes)
-        return o
+        return view.attend(blocks, counts, **sizes)
 
     decode = prefill
 

@@ -144,8 +144,7 @@ class NativeSparseAttention(SparseAttention):
 
         sizes: dict[str, Any] = dict(block=args.block, width=compressed.shape[1])
         lists, counts = route(view, weigh, args.schedule, local=args.local, sink=args.init, **sizes)
-        o: Tensor = view.attend(lists, counts, query_block=1, block=args.block)
-        return o
+        return view.attend(lists, counts, query_block=1, block=args.block)
 
     def _local(self, q: Tensor, x: Tensor, ctx: Context, cache: LayerCache | None) -> Tensor:
         """`[B, T, H, V]` of the last tokens."""

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from zoo.architectures.core.pages import Pages
-from zoo.architectures.core.sparse import Method, SparseArgs, SparseAttention, View
-from zoo.errors import ZooError
+from zoo.architectures.core.block_lists import check_block
+from zoo.architectures.core.pages import Paged, PagedAttention, Pages
+from zoo.architectures.core.sparse import SparseArgs, View
 
 EXAMPLE = {"heads": 4, "head_dim": 16, "kv_heads": 2, "rope": "default", "page": 16, "budget": 1.0}
 VARIANTS = {"small": {**EXAMPLE, "budget": 32}}
@@ -33,35 +33,25 @@ class Args(SparseArgs):
         return self.page
 
     def check_method(self) -> None:
-        if self.page != 1 and not 16 <= self.page <= 128:
-            raise ZooError(f"page was {self.page}; it must be 1 or 16 to 128")
+        check_block("page", self.page)
         super().check_method()
 
 
-class Quest(Method):
-    phases = ("decode",)
+class Quest(Paged):
     name = "quest"
 
     def __init__(self, args: Args) -> None:
         super().__init__(args)
         self.pages = Pages(args.page)
 
-    def observe(self, view: View) -> None:
-        self.pages.follow(view)
-
     def decode(self, view: View) -> Tensor:
         blocks, counts = self.pages.select(view, view.q, self.args.schedule, scale=view.scale)
-        o: Tensor = view.attend(blocks, counts, query_block=1, block=self.args.page)
-        return o
+        return view.attend(blocks, counts, query_block=1, block=self.args.page)
 
 
-class QuestAttention(SparseAttention):
+class QuestAttention(PagedAttention):
     options = Args
     method = Quest
-
-    def state_bytes(self, length: int, itemsize: int = 2) -> int:
-        noted: int = self.rule.pages.bytes(length, self.kv_heads, self.head_dim, itemsize)
-        return super().state_bytes(length, itemsize) + noted
 
 
 MODULE = QuestAttention

@@ -103,7 +103,7 @@ class Reformer(Mixer):
         buckets, parts = rotation_buckets(view.k, self.rotations), []
         for number in range(self.args.rounds):
             lists = bucket_lists(view, buckets[..., number], self.args.chunk, self.args.before, causal=causal)
-            parts.append(view.attend(lists, query_block=1, block=1, causal=causal, return_lse=True))
+            parts.append(view.attend_lse(lists, query_block=1, block=1, causal=causal))
         alone = torch.stack([lse == -torch.inf for _, lse in parts]).all(0)
         return merge(parts), alone[..., None]
 

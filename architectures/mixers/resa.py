@@ -16,8 +16,8 @@ from typing import Any
 
 from torch import Tensor
 
-from zoo.architectures.core.pages import Pages
-from zoo.architectures.core.sparse import Method, SparseArgs, SparseAttention, View
+from zoo.architectures.core.pages import Paged, PagedAttention, Pages
+from zoo.architectures.core.sparse import SparseArgs, View
 from zoo.errors import ZooError
 
 EXAMPLE = {"heads": 4, "head_dim": 16, "kv_heads": 2, "rope": "default", "budget": 1.0}
@@ -48,25 +48,20 @@ class Args(SparseArgs):
         super().check_method()
 
 
-class ReSA(Method):
-    phases = ("decode",)
+class ReSA(Paged):
     name = "resa"
 
     def __init__(self, args: Args) -> None:
         super().__init__(args)
         self.pages = Pages(args.page)
 
-    def observe(self, view: View) -> None:
-        self.pages.follow(view)
-
     def decode(self, view: View) -> Tensor:
         q = view.q.unflatten(2, (view.k.shape[2], -1)).mean(3)
         pages, counts = self.pages.select(view, q, self.args.schedule, scale=view.scale, local=self.args.local)
-        o: Tensor = view.attend(pages, counts, query_block=1, block=self.args.page)
-        return o
+        return view.attend(pages, counts, query_block=1, block=self.args.page)
 
 
-class ReSAAttention(SparseAttention):
+class ReSAAttention(PagedAttention):
     options = Args
     method = ReSA
 
@@ -74,10 +69,6 @@ class ReSAAttention(SparseAttention):
     def rectified_every(self) -> int:
         every: int = self.args.frequency
         return every
-
-    def state_bytes(self, length: int, itemsize: int = 2) -> int:
-        noted: int = self.rule.pages.bytes(length, self.kv_heads, self.head_dim, itemsize)
-        return super().state_bytes(length, itemsize) + noted
 
 
 MODULE = ReSAAttention

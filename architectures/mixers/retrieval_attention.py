@@ -22,11 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zoo.architectures.core.choosing import chooses, follows, lengths
+from zoo.architectures.core.choosing import chooses, follows, lengths, slices
 from zoo.architectures.core.linear import check_sizes
-from zoo.architectures.core.lsh import slices
 from zoo.architectures.core.mixer import wide
-from zoo.architectures.core.pages import usable
 from zoo.architectures.core.sparse import Method, SparseArgs, SparseAttention, View
 from zoo.errors import ZooError
 
@@ -76,11 +74,9 @@ class RetrievalAttention(Method):
         s, budget = view.k.shape[1], self.args.schedule
         notes = {} if self.args.everything else self.followed(view)
         if self.args.everything or (budget.mass is None and budget.width(s) >= s):
-            dense: Tensor = view.dense()
-            return dense
+            return view.dense()
         static = dict(window=2 * self.args.window, sink_tokens=self.args.sinks)
-        o: Tensor = view.attend(*self.retrieve(view, notes), query_block=1, block=1, **static)
-        return o
+        return view.attend(*self.retrieve(view, notes), query_block=1, block=1, **static)
 
     @chooses
     def retrieve(self, view: View, notes: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -131,7 +127,7 @@ class RetrievalAttention(Method):
         """The notes, with the keys of this call in the lists; without samples where tokens were missed."""
         notes: dict[str, Any] = {} if view.notes is None else view.notes
         tokens, keys = view.q.shape[1], view.k.shape[1]
-        if "queries" in notes and not (follows(view, notes["seen"]) and usable(notes["scores"])):
+        if "queries" in notes and not follows(view, notes["seen"], notes["scores"]):
             notes.clear()
         window = self.args.window
         alone = view.q_positions is None and view.starts is None  # elsewhere only the device knows the lengths

@@ -132,8 +132,7 @@ class RoutingTransformer(Mixer):
     def near(self, view: View, causal: bool) -> Tensor:
         buckets = self.likeness(view.k).argmax(-1)
         lists = bucket_lists(view, buckets, self.args.members, causal=causal, own=True)
-        o: Tensor = view.attend(lists, query_block=1, block=1, causal=causal)
-        return o
+        return view.attend(lists, query_block=1, block=1, causal=causal)
 
     def top(self, view: View, causal: bool) -> Tensor:
         """Attention inside each cluster, of all of them at once."""

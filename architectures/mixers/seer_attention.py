@@ -198,8 +198,7 @@ class SeerAttention(SparseAttention):
     def _chosen(self, view: View, plain: Tensor, known: dict[str, Tensor]) -> Tensor:
         phase, args = "decode" if view.decoding else "prefill", self.args
         if phase not in known:
-            dense: Tensor = view.dense()
-            return dense
+            return view.dense()
         size = 1 if view.decoding else args.block
         blocks, last = -(-view.k.shape[1] // args.block), torch.atleast_2d(view.query_positions())[:, -1:]
 
@@ -213,8 +212,7 @@ class SeerAttention(SparseAttention):
         budget = args.schedule if args.threshold is None else BudgetSchedule(mass=1.0)
         sizes = dict(block=args.block, query_block=size, width=known[phase].shape[1])
         lists, counts = route(replace(view, q=plain), weigh, budget, **sizes)
-        o: Tensor = view.attend(lists, counts, query_block=size, block=args.block)
-        return o
+        return view.attend(lists, counts, query_block=size, block=args.block)
 
     def state_bytes(self, length: int, itemsize: int = 2) -> int:
         held = super().state_bytes(length, itemsize)

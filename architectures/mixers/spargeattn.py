@@ -34,8 +34,7 @@ from zoo.architectures.core.block_lists import (
     join,
     listed,
     mean,
-    scale_of,
-    slices,
+    some_heads,
     span_of,
 )
 from zoo.architectures.core.mixer import repeat_heads, wide
@@ -100,8 +99,7 @@ class SpargeAttn(Method):
             lists = self.predicted(view, span)
             if args.skip is not None:
                 lists = unskipped(view, span, lists, args.query_block, args.block, args.skip)
-        o: Tensor = view.attend(lists.blocks, lists.counts, query_block=args.query_block, block=args.block)
-        return o
+        return view.attend(lists.blocks, lists.counts, query_block=args.query_block, block=args.block)
 
     def predicted(self, view: View, span: Span) -> Lists:
         """The blocks that stage 1 keeps."""
@@ -114,10 +112,10 @@ class SpargeAttn(Method):
         q, k = mean(q, known_q), repeat_heads(mean(k, known_k), group)
         visible, own = span.seen(args.query_block, args.block, k.shape[1])
         parts = []
-        for some in slices(view, args.query_block, args.block):
+        for some in some_heads(view, args.query_block, args.block):
             unlike_k = ~alike_k[:, :, some].transpose(1, 2)[:, :, None]
             candidates = visible[:, None] & ~unlike_k
-            scores = scale_of(view) * torch.einsum("brhk,bnhk->bhrn", q[:, :, some], k[:, :, some])
+            scores = view.factor * torch.einsum("brhk,bnhk->bhrn", q[:, :, some], k[:, :, some])
             weights = scores.masked_fill(~candidates, -torch.inf).softmax(-1).masked_fill(~candidates, 0.0)
             order = weights.masked_fill(~candidates, -1.0)
             marked = best(order, enough(order, weights, budget, visible.sum(2)[:, None]))

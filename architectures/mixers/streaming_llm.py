@@ -65,9 +65,8 @@ class StreamingLLM(Method):
         if window is None:
             return self.prefill(view)
         if self.turn is None or not sinks:
-            o: Tensor = attend_stream(view, window, sinks)
-            return o
-        near = attend_stream(view, window, 0, return_lse=True)
+            return attend_stream(view, window, sinks)[0]
+        near = attend_stream(view, window, 0)
         return merge([near, self.far(view.q, keys_of(view), scale=view.scale)])
 
     def stream(self, q: Tensor, keys: Keys, **call: Any) -> Tensor:

@@ -67,8 +67,7 @@ class XAttention(Method):
     def prefill(self, view: View) -> Tensor:
         sizes = dict(query_block=self.args.block, block=self.args.block)
         lists = self.choose(view, **sizes)
-        o: Tensor = view.attend(lists.blocks, lists.counts, **sizes)
-        return o
+        return view.attend(lists.blocks, lists.counts, **sizes)
 
     def choose(self, view: View, **sizes: int) -> Lists:
         """The blocks of keys of each query head."""

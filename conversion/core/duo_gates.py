@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from zoo.architectures.core.modeling import ZooForCausalLM
 from zoo.architectures.mixers.attention import Attention
 from zoo.conversion.core import recall
+from zoo.conversion.core.judge import attending
 from zoo.errors import ZooError
 from zoo.kernels.attention import attention
 
@@ -117,16 +118,11 @@ def distance(
     return (found - true).square().mean()
 
 
-@contextmanager
-def gated(mixers: Mapping[int, Attention], gates: Mapping[int, Tensor], sinks: int, recent: int) -> Iterator[None]:
+def gated(
+    mixers: Mapping[int, Attention], gates: Mapping[int, Tensor], sinks: int, recent: int
+) -> AbstractContextManager[None]:
     """Within it, the mixers attend as the gates say."""
-    for index, mixer in mixers.items():
-        mixer.attend = gated_attend(mixer, gates[index], sinks, recent)  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        for mixer in mixers.values():
-            del mixer.attend
+    return attending({mixer: gated_attend(mixer, gates[index], sinks, recent) for index, mixer in mixers.items()})
 
 
 def gated_attend(mixer: Attention, gate: Tensor, sinks: int, recent: int) -> Callable[..., Tensor]:

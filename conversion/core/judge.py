@@ -6,7 +6,7 @@ N rows of text, L tokens per row, C scored tokens, D hidden size, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -129,6 +129,18 @@ def replaced(model: Any, mixers: dict[int, nn.Module]) -> Iterator[None]:
     finally:
         for index, mixer in own.items():
             model.model.layers[index].mixer = mixer
+
+
+@contextmanager
+def attending(attends: Mapping[nn.Module, Callable[..., Tensor]]) -> Iterator[None]:
+    """Softmax mixers that attend by functions in the place of their own `attend`."""
+    for mixer, attend in attends.items():
+        mixer.attend = attend  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for mixer in attends:
+            del mixer.attend
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from zoo.architectures.core.mixer import Context, wide
 from zoo.architectures.core.windows import ended
 from zoo.conversion.core.align import watched
 from zoo.errors import ZooError
+from zoo.kernels.checks import default_scale
 
 MIXER = "seer_attention"
 
@@ -134,7 +135,7 @@ def block_maxima(q: Tensor, k: Tensor, at: Tensor, block: int, past: int, scale:
 
     q: `[B, R, H, K]` at positions `at [B, R]`; k: `[B, S, G, K]`, up to the last query's.
     """
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = default_scale(scale, q)
     scores = scale * torch.einsum("brgxk,bsgk->bgxrs", wide(q).unflatten(2, (k.shape[2], -1)), wide(k)).flatten(1, 2)
     seen = torch.arange(k.shape[1], device=k.device) <= at[:, None, :, None]
     weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)

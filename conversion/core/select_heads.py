@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoo.conversion.core.judge import Judge
+from zoo.conversion.core.judge import Judge, attending
 from zoo.conversion.core.scored import Scored
 from zoo.errors import ZooError
 
@@ -34,14 +34,9 @@ LEAST = 0.05  # nats: below this, local heads recall as well as all do, and noth
 @contextmanager
 def local_heads(model: Any, heads: Mapping[int, Collection[int]], window: int) -> Iterator[None]:
     """`model` with the given heads of each layer (softmax attention) limited to `window` tokens and the first one."""
-    mixers = [model.model.layers[layer].mixer for layer in heads]
-    for mixer, chosen in zip(mixers, heads.values(), strict=True):
-        mixer.attend = _attend(mixer, chosen, window)
-    try:
+    mixers = {layer: model.model.layers[layer].mixer for layer in heads}
+    with attending({mixer: _attend(mixer, heads[layer], window) for layer, mixer in mixers.items()}):
         yield
-    finally:
-        for mixer in mixers:
-            del mixer.attend
 
 
 def _attend(mixer: Any, heads: Collection[int], window: int) -> Any:
