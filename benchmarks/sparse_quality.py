@@ -1,7 +1,7 @@
 """What training-free sparse attention costs a model: needle and perplexity of every method at every budget.
 
     python benchmarks/sparse_quality.py books-llama-22m --data heldout.txt --samples 20
-    python benchmarks/sparse_quality.py --table docs/sparse.md
+    python benchmarks/sparse_quality_report.py docs/sparse.md
 
 A method is measured where it acts. The needle: the prompt but its last token is prefill, that token and the answer are
 decoded one by one. Perplexity is of the last `SCORED` tokens of each window: in one forward by a method of prefill; one
@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from sparse_quality_report import FILE, read
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import DynamicCache
@@ -41,13 +42,11 @@ LENGTH, SCORED, SLACK = 1900, 128, 8
 BUDGETS = (0.06, 0.12, 0.25, 0.5)
 ROWS = 5  # prompts that run together
 CALIBRATION = (2, 1024)  # rows and tokens
-FILE = Path(__file__).parent / "results" / "sparse-quality.csv"
 COLUMNS = (
     *("model", "method", "phases", "budget", "length", "samples", "windows", "needle", "needle_se", "perplexity"),
     *("ratio", "calibrated", "seconds", "device", "dtype", "torch", "error"),
 )
 KEY = ("model", "method", "budget", "length", "samples", "windows")
-MARKS = ("<!-- sparse -->", "<!-- /sparse -->")
 
 
 class Bench:
@@ -176,11 +175,6 @@ def padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tens
     return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 
-def read(file: Path) -> list[dict[str, str]]:
-    with file.open(newline="") if file.is_file() else open("/dev/null") as lines:
-        return list(csv.DictReader(lines))
-
-
 def append(file: Path, row: dict[str, Any]) -> None:
     new = not file.is_file()
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -231,90 +225,17 @@ def rounded(row: dict[str, Any]) -> dict[str, Any]:
     return {name: round(value, 4) if isinstance(value, float) else value for name, value in row.items()}
 
 
-# The table and the plot.
-
-
-def table(rows: Sequence[dict[str, str]]) -> str:
-    """A line per method: needle and ratio of perplexities at each budget."""
-    budgets = sorted({float(row["budget"]) for row in rows if row["method"] != "dense"})
-    lines = [
-        "| method | chooses in | " + " | ".join(f"needle, {budget:.0%}" for budget in budgets)
-        + " | " + " | ".join(f"perplexity, {budget:.0%}" for budget in budgets) + " |",
-        "|" + " --- |" * (2 + 2 * len(budgets)),
-    ]  # fmt: skip
-    for method in dict.fromkeys(row["method"] for row in rows):
-        own = {float(row["budget"]): row for row in rows if row["method"] == method}
-        if method == "dense":
-            row = own[1.0]
-            cells = [f"{float(row['needle']):.2f}"] * len(budgets) + [f"{float(row['perplexity']):.2f}"] * len(budgets)
-        else:
-            found = [own.get(budget, {}) for budget in budgets]
-            cells = [f"{float(row['needle']):.2f}" if row.get("needle") else "" for row in found]
-            cells += [f"{float(row['ratio']):.3f}" if row.get("ratio") else "" for row in found]
-        phases = next(iter(own.values()))["phases"].replace("+", " and ")
-        lines.append(f"| `{method}` | {phases} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def best(rows: Sequence[dict[str, str]]) -> list[dict[str, str]]:
-    """The rows without errors of the run with the most samples, the last of each method and budget."""
-    rows = [row for row in rows if not row["error"]]
-    most = max((int(row["samples"]), int(row["windows"])) for row in rows)
-    kept = [row for row in rows if (int(row["samples"]), int(row["windows"])) == most]
-    return list({(row["method"], row["budget"]): row for row in kept}.values())
-
-
-def plot(rows: Sequence[dict[str, str]], file: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(2, 2, figsize=(11, 8), sharex=True)
-    dense = next(row for row in rows if row["method"] == "dense")
-    for column, phase in enumerate(("prefill", "decode")):
-        for line, (name, label) in enumerate((("needle", "needle accuracy"), ("ratio", "perplexity / dense"))):
-            axis = axes[line][column]
-            for method in dict.fromkeys(row["method"] for row in rows if phase in row["phases"].split("+")):
-                own = sorted((float(row["budget"]), float(row[name])) for row in rows if row["method"] == method)
-                axis.plot(*zip(*own, strict=True), marker="o", markersize=3, label=method)
-            axis.axhline(float(dense[name]), color="black", linewidth=0.8, linestyle="--")
-            axis.set(ylabel=label, xscale="log")
-            axis.set_xticks(BUDGETS, [f"{budget:.0%}" for budget in BUDGETS], minor=False)
-            axis.set_xticks([], minor=True)
-        axes[0][column].set_title(f"methods that choose in {phase}")
-        axes[0][column].legend(fontsize=7)
-        axes[1][column].set_xlabel("budget")
-    figure.tight_layout()
-    figure.savefig(file, dpi=110)
-
-
-def write_table(rows: Sequence[dict[str, str]], page: Path) -> None:
-    """Put the table between the marks of a page."""
-    before, _, rest = page.read_text().partition(MARKS[0])
-    after = rest.partition(MARKS[1])[2]
-    page.write_text(f"{before}{MARKS[0]}\n{table(rows)}\n{MARKS[1]}{after}")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default="books-llama-4m", help="name, directory or hub id")
-    parser.add_argument("--data", type=Path, help="held-out text")
+    parser.add_argument("--data", type=Path, required=True, help="held-out text")
     parser.add_argument("--other", type=Path, help="text to calibrate on (default: --data)")
     parser.add_argument("--methods", help="with commas between them; all by default")
     parser.add_argument("--budgets", help="shares with commas between them")
     parser.add_argument("--samples", type=int, default=20, help="needles")
     parser.add_argument("--windows", type=int, default=10, help="windows of held-out text")
     parser.add_argument("--out", type=Path, default=FILE)
-    parser.add_argument("--table", type=Path, help="rewrite the table and the plot of this page and stop")
     args = parser.parse_args()
-    if args.table:
-        rows = best(read(args.out))
-        write_table(rows, args.table)
-        plot(rows, args.out.with_suffix(".png"))
-        return
-    if args.data is None:
-        parser.error("--data is needed")
     args.other = args.other or args.data
     run(args)
 
