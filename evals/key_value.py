@@ -26,10 +26,10 @@ from typing import Any
 
 from zoo.errors import ZooError
 from zoo.evals.core import running
-from zoo.evals.core.decoding import answer_tokens, answers
+from zoo.evals.core.decoding import Continue, answer_tokens, answers
 from zoo.evals.core.haystack import ANSWER_PREFIX, NEEDLE, TASK
-from zoo.evals.core.result import Result, Row
-from zoo.evals.core.statistics import proportion
+from zoo.evals.core.records import Record, summarised
+from zoo.evals.core.result import Result
 from zoo.evals.core.text import bos_ids, encode
 from zoo.evals.core.words import keys
 
@@ -71,9 +71,12 @@ def evaluate(
     for size in pairs:
         if not 1 <= size <= len(keys()):
             raise ZooError(f"task 'key_value': pairs was {size}; it must be between 1 and {len(keys())}")
-    rows = [_score(model, tokenizer, size, samples, seed, form, batch_tokens) for size in pairs]
+    records = [record for size in pairs for record in _ask(model, tokenizer, size, samples, seed, form, batch_tokens)]
+    rows = summarised(records, by=["pairs"])
     options = {"pairs": list(pairs), "samples": samples, "form": form}
-    return running.build("key_value", VERSION, model, rows, started=started, options=options, seed=seed)
+    return running.build(
+        "key_value", VERSION, model, rows, started=started, options=options, seed=seed, records=records
+    )
 
 
 def prompt(pairs: int, sample: int, seed: int, form: str = "list") -> tuple[str, str]:
@@ -107,14 +110,25 @@ FORMS: dict[str, Callable[[Sequence[tuple[str, str]], str], str]] = {
 }
 
 
-def _score(model: Any, tokenizer: Any, pairs: int, samples: int, seed: int, form: str, batch_tokens: int | None) -> Row:
+def _ask(
+    model: Any, tokenizer: Any, pairs: int, samples: int, seed: int, form: str, batch_tokens: int | None
+) -> list[Record]:
     texts, values = zip(*(prompt(pairs, sample, seed, form) for sample in range(samples)), strict=True)
     bos = bos_ids(tokenizer)
     prompts = [bos + encode(tokenizer, text) for text in texts]
     max_new = answer_tokens(tokenizer, values, SLACK)
     running.check_length(model, max(map(len, prompts)) + max_new, "key_value")
-    found = answers(
-        model, tokenizer, prompts, values, max_new=max_new, batch_tokens=batch_tokens, label=f"key_value {pairs}"
-    )
-    hits = [text.strip().startswith(value) for text, value in zip(found, values, strict=True)]
-    return proportion("accuracy", hits, {"pairs": pairs})
+    requests = [Continue(ids, max_new, (value,)) for ids, value in zip(prompts, values, strict=True)]
+    found = answers(model, tokenizer, requests, batch_tokens=batch_tokens, label=f"key_value {pairs}")
+    return [
+        Record(
+            id=f"{pairs}/{i}",
+            scores={"accuracy": output.strip().startswith(value)},
+            at={"pairs": pairs},
+            prompt=text,
+            output=output,
+            answers=(value,),
+            tokens=len(ids),
+        )
+        for i, (text, ids, value, output) in enumerate(zip(texts, prompts, values, found, strict=True))
+    ]

@@ -22,10 +22,11 @@ from typing import Any
 
 from zoo.errors import ZooError
 from zoo.evals.core import running
-from zoo.evals.core.decoding import answer_tokens, answers, contains, first_number
+from zoo.evals.core.decoding import Continue, answer_tokens, answers, contains, first_number
 from zoo.evals.core.haystack import Haystack, Question
-from zoo.evals.core.result import Result, Row
-from zoo.evals.core.statistics import curve, proportion
+from zoo.evals.core.records import Record, summarised
+from zoo.evals.core.result import Result
+from zoo.evals.core.statistics import curve
 from zoo.evals.core.text import read_text
 from zoo.evals.core.words import keys
 
@@ -70,14 +71,17 @@ def evaluate(
     haystack = Haystack(read_text(data, "needle"), tokenizer)
     sets = {length: haystack.questions(keys(), length, samples, seed) for length in lengths}
     max_new = answer_tokens(tokenizer, [q.value for qs in sets.values() for q in qs], SLACK)
-    rows = [
-        row
+    records = [
+        record
         for length, questions in sets.items()
-        for row in _score(model, tokenizer, haystack, questions, length, max_new, batch_tokens)
+        for record in _ask(model, tokenizer, haystack, questions, length, max_new, batch_tokens)
     ]
+    rows = summarised(records, by=["length"])
     options = {"data": str(data), "lengths": list(lengths), "samples": samples, "max_new": max_new}
     series = {"needle": curve([row for row in rows if row.metric == "accuracy"], lambda row: int(row.at["length"]))}
-    return running.build("needle", VERSION, model, rows, started=started, options=options, seed=seed, series=series)
+    return running.build(
+        "needle", VERSION, model, rows, started=started, options=options, seed=seed, series=series, records=records
+    )
 
 
 def default_lengths(model: Any) -> tuple[int, ...]:
@@ -93,7 +97,7 @@ def default_lengths(model: Any) -> tuple[int, ...]:
     return held
 
 
-def _score(
+def _ask(
     model: Any,
     tokenizer: Any,
     haystack: Haystack,
@@ -101,15 +105,19 @@ def _score(
     length: int,
     max_new: int,
     batch_tokens: int | None,
-) -> list[Row]:
-    values = [question.value for question in questions]
+) -> list[Record]:
     prompts = haystack.prompts(questions, length - max_new)
-    texts = answers(
-        model, tokenizer, prompts, values, max_new=max_new, batch_tokens=batch_tokens, label=f"needle {length}"
-    )
-    pairs = list(zip(texts, values, strict=True))
-    at = {"length": length}
+    requests = [Continue(ids, max_new, (q.value,)) for ids, q in zip(prompts, questions, strict=True)]
+    texts = answers(model, tokenizer, requests, batch_tokens=batch_tokens, label=f"needle {length}")
     return [
-        proportion("accuracy", [contains(text, value) for text, value in pairs], at),
-        proportion("first_number", [first_number(text) == value for text, value in pairs], at),
+        Record(
+            id=f"{length}/{i}",
+            scores={"accuracy": contains(text, q.value), "first_number": first_number(text) == q.value},
+            at={"length": length, "depth": q.depth},
+            prompt=tokenizer.decode(ids),
+            output=text,
+            answers=(q.value,),
+            tokens=len(ids),
+        )
+        for i, (ids, q, text) in enumerate(zip(prompts, questions, texts, strict=True))
     ]

@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from zoo.evals.core import running
+from zoo.evals.core.requests import LogLikelihood, outputs
 from zoo.evals.core.result import Result, Row
 from zoo.evals.core.statistics import centre, curve, exponential, mean_row
 from zoo.evals.core.text import buckets, read_text
@@ -26,7 +26,6 @@ from zoo.evals.core.text import windows as cut
 
 VERSION = 1
 NEEDS = ("tokenizer", "data")
-_CHUNK = 2**25
 
 
 def evaluate(
@@ -75,22 +74,8 @@ def evaluate(
 
 def window_nll(model: Any, rows: Tensor) -> Tensor:
     """Negative log-likelihood `[N, L]` in nats of `rows[:, 1:]` (`rows [N, L + 1]`), on the CPU in fp64."""
-    rows = rows.to(running.device_of(model))
-    batches = running.row_batches(rows, running.vocab_size(model))
-    parts = []
-    with running.evaluating(model):
-        for batch in running.track(batches, "perplexity", len(batches)):
-            logits = model(input_ids=batch[:, :-1], use_cache=False).logits
-            parts.append(token_nll(logits, batch[:, 1:]).double().cpu())
-    return torch.cat(parts)
-
-
-def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy `[B, L]` in fp32 of `logits [B, L, V]`, a few positions at a time to bound the fp32 copy."""
-    step = max(1, _CHUNK // logits.shape[-1])
-    pairs = zip(logits.flatten(0, 1).split(step), targets.flatten().split(step), strict=True)
-    parts = [F.cross_entropy(part.float(), target, reduction="none") for part, target in pairs]
-    return torch.cat(parts).view_as(targets)
+    found = outputs(model, [LogLikelihood(ids) for ids in rows.tolist()], label="perplexity")
+    return -torch.tensor([output["logprobs"] for output in found], dtype=torch.float64)
 
 
 def _summary(nll: Tensor, n_bytes: int) -> list[Row]:

@@ -18,11 +18,12 @@ import zoo
 from zoo import registry
 from zoo.cli import app
 
+HEAL = {"--recipe", "--align-tokens", "--distill-tokens", "--cache", "--log", "--resume"}
 VERBS = {
     "list": {"KIND", "--json"},
     "info": {"NAME"},
     "convert": {"SOURCE", "OUT", "--mixer", "--layout", "--keep", "--keep-heads", "--dry-run"},
-    "heal": {"TEACHER", "STUDENT", "OUT", "--data", "--align-tokens", "--distill-tokens", "--resume"},
+    "heal": {"TEACHER", "STUDENT", "OUT", "--data", *HEAL},
     "eval": {"MODEL", "--tasks", "--teacher", "--data", "--lengths", "--samples", "--out", "--json"},
     "export": {"MODEL", "OUT", "--to", "--max-shard-size"},
     "generate": {"MODEL", "PROMPT", "--max-new-tokens", "--temperature", "--top-p", "--seed"},

@@ -17,6 +17,7 @@ _EXPORTS = {
     "config": "zoo.loading",
     "save": "zoo.loading",
     "convert": "zoo.conversion.core.convert",
+    "heal": "zoo.conversion.core.heal",
     "evaluate": "zoo.evals.core.runner",
     "select": "zoo.selection",
     "verify": "zoo.conversion.core.verification",
@@ -32,6 +33,7 @@ __all__ = [
     "evaluate",
     "export",
     "from_pretrained",
+    "heal",
     "list",
     "save",
     "select",
@@ -42,6 +44,7 @@ __all__ = [
 if TYPE_CHECKING:
     from zoo.conversion.core.convert import convert
     from zoo.conversion.core.export.export import export
+    from zoo.conversion.core.heal import heal
     from zoo.conversion.core.verification import verify
     from zoo.errors import ZooError
     from zoo.evals.core.runner import evaluate

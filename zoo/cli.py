@@ -6,7 +6,7 @@ torch and transformers are imported inside the verbs, so that `zoo --help` is qu
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -68,6 +68,9 @@ def convert(
     keep_heads: Annotated[
         list[str] | None, typer.Option(help="Heads of a layer that keep theirs: 11:0,2. May be repeated.")
     ] = None,
+    init: Annotated[str, typer.Option(help="Start of new parameters: plain, or calibrated on text.")] = "plain",
+    calibration_data: Annotated[str, typer.Option(help="That text, as for `zoo heal --data`.")] = "self",
+    rope: Annotated[str, typer.Option(help="RoPE of new layers: keep, drop or hype (kept layers lose it).")] = "keep",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and write nothing.")] = False,
 ) -> None:
     """Swap the attention layers of a checkpoint for other mixers."""
@@ -77,7 +80,8 @@ def convert(
     silence()
     from zoo.conversion.core.convert import convert as run
 
-    report = run(source, out, mixer=mixer, keep=kept, keep_heads=heads, layout=layout, dry_run=dry_run)
+    starts: dict[str, Any] = dict(init=init, calibration_data=calibration_data, rope=rope)
+    report = run(source, out, mixer=mixer, keep=kept, keep_heads=heads, layout=layout, dry_run=dry_run, **starts)
     if dry_run:
         show_table(("target", "operation", "sources", "shape"), [plan_row(row) for row in report.plan.rows])
         return
@@ -91,26 +95,23 @@ def heal(
     teacher: Annotated[str, typer.Argument(help="Registered name, directory or hub id of the source model.")],
     student: Annotated[str, typer.Argument(help="Directory that `zoo convert` wrote.")],
     out: Annotated[Path, typer.Argument(help="Directory to write; it must not exist.")],
+    recipe: Annotated[str, typer.Option(help="YAML file of stages, or a preset: see docs/healing.md.")] = "quick",
     data: Annotated[
-        str, typer.Option(help="Text file, .xz, directory, datasets:NAME, recall, lists, or self: teacher's samples.")
-    ] = "self",
+        str | None,
+        typer.Option(help="Text, .xz, directory, datasets:NAME, recall, lists, or self (default)."),
+    ] = None,
     align_tokens: Annotated[int | None, typer.Option(help="Tokens of stage align; by default by the device.")] = None,
     distill_tokens: Annotated[int | None, typer.Option(help="Tokens of stage distill; likewise.")] = None,
+    cache: Annotated[Path | None, typer.Option(help="Directory for what runs share: tokens, teacher's words.")] = None,
+    log: Annotated[str | None, typer.Option(help="tensorboard:DIR or trackio:PROJECT.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from OUT.partial.")] = False,
 ) -> None:
     """Train a converted model against its teacher."""
     silence()
     from zoo.conversion.core.heal import heal as run
 
-    report = run(
-        teacher,
-        student,
-        out,
-        data=data,
-        align_tokens=align_tokens,
-        distill_tokens=distill_tokens,
-        resume=resume,
-    )
+    tokens: dict[str, Any] = {"align_tokens": align_tokens, "distill_tokens": distill_tokens}
+    report = run(teacher, student, out, recipe=recipe, data=data, cache=cache, log=log, resume=resume, **tokens)
     print(f"wrote {out}: {report}")
 
 
@@ -136,6 +137,7 @@ def evaluate(
     tasks: Annotated[str | None, typer.Option(help="Comma-separated evals; see `zoo list evals`.")] = None,
     teacher: Annotated[str | None, typer.Option(help="Model to compare with (fidelity).")] = None,
     data: Annotated[str | None, typer.Option(help="Text file (.txt, .md or .xz).")] = None,
+    examples: Annotated[str | None, typer.Option(help="Examples of language tasks: .jsonl or directory.")] = None,
     lengths: Annotated[str | None, typer.Option(help="Lengths in tokens: 256,512.")] = None,
     samples: Annotated[int | None, typer.Option(help="Samples per length, where an eval draws samples.")] = None,
     out: Annotated[Path | None, typer.Option(help="Directory for the results (JSON) and the page (HTML).")] = None,
@@ -147,7 +149,7 @@ def evaluate(
     silence()
     from zoo.commands.evaluate import run
 
-    results = run(model, names, out, teacher=teacher, data=data, lengths=sizes, samples=samples)
+    results = run(model, names, out, teacher=teacher, data=data, examples=examples, lengths=sizes, samples=samples)
     if as_json:
         show_json({task: result.to_dict() for task, result in results.items()})
         return

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from zoo.architectures.core.cache_view import CacheView, Kind
+from zoo.architectures.core.cache_view import CacheView, Kind, noted_bytes
 
 UNSEEN = torch.iinfo(torch.int64).max // 2  # a key position after every query: never visible
 
@@ -124,6 +124,10 @@ class LayerCache(CacheLayerMixin):
             if not torch.compiler.is_compiling():
                 torch._dynamo.mark_static_address(length)
         return length
+
+    def held(self) -> dict[str, tuple[Kind, Tensor]]:
+        """Kind and tensor of every state, by name."""
+        return {name: (s.kind, s.tensor) for name, s in self._states.items()}
 
     def bytes(self) -> dict[str, int]:
         """Bytes held, by state name, with what is noted about the keys."""
@@ -274,14 +278,6 @@ class LayerCache(CacheLayerMixin):
     def prefetch(self) -> None:
         for s in self._states.values():
             s.tensor = s.tensor.to(getattr(self, "_device", s.tensor.device), non_blocking=True)
-
-
-def noted_bytes(notes: Any) -> int:
-    """Bytes of the tensors in a mapping of mappings and tuples."""
-    if isinstance(notes, Tensor):
-        return notes.numel() * notes.element_size()
-    parts = notes.values() if isinstance(notes, dict) else notes if isinstance(notes, (tuple, list)) else ()
-    return sum(noted_bytes(part) for part in parts)
 
 
 def grow(state: _State, new: Tensor) -> None:

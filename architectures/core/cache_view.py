@@ -60,3 +60,11 @@ class CacheView:
     @property
     def cumulative_length(self) -> int | Tensor:
         return self.layer.cumulative_length
+
+
+def noted_bytes(notes: Any) -> int:
+    """Bytes of the tensors in a mapping of mappings and tuples."""
+    if isinstance(notes, Tensor):
+        return notes.numel() * notes.element_size()
+    parts = notes.values() if isinstance(notes, dict) else notes if isinstance(notes, (tuple, list)) else ()
+    return sum(noted_bytes(part) for part in parts)

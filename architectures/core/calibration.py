@@ -5,7 +5,6 @@ B sample rows, T tokens of a row.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -88,13 +87,8 @@ def write(
     shape = {"rows": rows.shape[0], "tokens": rows.shape[1]}
     data = {"method": part.name, "source": source, "samples": shape, "args": plain(part.own), "layers": list(layers)}
     refuse_existing(out)
-    partial_file = out.with_name(f".{out.name}.{os.getpid()}.partial")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_json(partial_file, data)
-        partial_file.rename(out)
-    finally:
-        partial_file.unlink(missing_ok=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_json(out, data)
     return data
 
 

@@ -83,6 +83,11 @@ class Checkpoint:
         dtype = getattr(torch, named, None) if isinstance(named, str) else None
         return dtype if isinstance(dtype, torch.dtype) else None
 
+    @property
+    def files(self) -> list[Path]:
+        """The files that hold tensors."""
+        return sorted({info.file for info in self._stored.values()})
+
     def get(self, name: str) -> Tensor:
         """The tensor `name`, memory-mapped: clone before writing to it. An unknown name raises `ZooError`.
 

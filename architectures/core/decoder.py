@@ -93,6 +93,10 @@ class Decoder:
                 layer_cache.advance(shape[1])
         return self.norm(x) if self.decoder_config.head.norm else x
 
+    def context(self, ids: Tensor) -> Context:
+        """What the layers are told when `ids [B, T]` are read without a cache."""
+        return self._context(ids.shape, ids.device, None, Batch(), eager=False)
+
     def _context(
         self, shape: torch.Size, device: torch.device, cache: Cache | None, batch: Batch, eager: bool
     ) -> Context:

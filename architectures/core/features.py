@@ -12,7 +12,7 @@ from zoo.architectures.core.cache import LayerCache
 from zoo.architectures.core.cache_view import CacheView
 from zoo.architectures.core.config import DecoderConfig
 from zoo.architectures.core.linear import Projected, ProjectionArgs, recur, recurrent_bytes
-from zoo.architectures.core.mixer import Context, wide
+from zoo.architectures.core.mixer import Context, grouped, wide
 
 
 class KernelAttention(Projected):
@@ -33,16 +33,18 @@ class KernelAttention(Projected):
 
     def forward(self, x: Tensor, ctx: Context, cache: LayerCache | None = None) -> Tensor:
         """`x [B, T, D] -> [B, T, D]`."""
-        q, k, v = self.expanded_qkv(x, ctx)
-        return self.attend(*self.features(q, k, ctx), v, None, x, ctx, cache)
+        o = self.mix_values(x, grouped(self.v_proj(x), self.heads), ctx, cache)
+        return self.o_proj(o.to(x.dtype).flatten(-2))
+
+    def mix_values(self, x: Tensor, v: Tensor, ctx: Context, cache: LayerCache | None = None) -> Tensor:
+        return self.attend(*self.features(*self.queries_keys(x, ctx), ctx), v, None, ctx, cache)
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, x: Tensor, ctx: Context, cache: LayerCache | None
+        self, q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, ctx: Context, cache: LayerCache | None
     ) -> Tensor:
-        """Features `q, k` over values `v`, with a log decay if any, to the mixer's output `[B, T, D]`."""
+        """Features `q, k` over values `v`, with a log decay if any: `[B, T, H, V]`."""
         # masked after the map: the features of a zero vector are not zero
-        o = recur(q, ctx.mask(k), ctx.mask(v), decay, ctx, cache, normalize="sum", scale=1.0)
-        return self.o_proj(o.to(x.dtype).flatten(-2))
+        return recur(q, ctx.mask(k), ctx.mask(v), decay, ctx, cache, normalize="sum", scale=1.0)
 
     def state_bytes(self, length: int, itemsize: int = 2) -> int:
         return recurrent_bytes(self.heads, self.feature_dim, self.value_dim + 1)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from zoo import registry
+from zoo.architectures.core.checkpoint import read_json
 from zoo.errors import ZooError
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -35,8 +36,29 @@ def resolve(
         subfolder: the checkpoint's folder inside.
 
     Raises:
-        ZooError: nothing of that name, an architecture without weights, or a failed download.
+        ZooError: nothing of that name, an architecture without weights, an adapter, or a failed download.
     """
+    path = _found(
+        name, subfolder, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
+    )
+    refuse_adapter(path)
+    return path
+
+
+def refuse_adapter(path: Path) -> None:
+    """Raise `ZooError` for a directory with an adapter of peft: its weights, or what they add, would go unread."""
+    file = path / "adapter_config.json"
+    if not file.is_file():
+        return
+    config = read_json(file, "adapter config")
+    kind, base = config.get("peft_type", "LORA"), config.get("base_model_name_or_path") or "its base model"
+    raise ZooError(
+        f"{path} is a {kind} adapter of {base} ({file.name}), not a whole model; merge it into that with peft "
+        "(merge_and_unload), save the result with its tokenizer, and give its directory"
+    )
+
+
+def _found(name: str | Path, subfolder: str, **where: Any) -> Path:
     text = str(name)
     if text in registry.names("checkpoints") and not isinstance(name, Path):
         return _inside(Path(str(files("zoo").joinpath("model_cards", "checkpoints", text))), subfolder)
@@ -51,7 +73,6 @@ def resolve(
         raise ZooError(f"{text} is a file; give the checkpoint directory that holds it")
     if isinstance(name, Path) or not HUB_ID.fullmatch(text):
         raise _nothing(text)
-    where = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
     return _inside(_download(text, subfolder, where), subfolder)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Mapping
 from typing import Any
 
 from zoo import registry
@@ -63,3 +64,12 @@ def _value(node: ast.expr, text: str) -> Any:
 
 def _invalid(text: str, part: str) -> ZooError:
     return ZooError(f"layout {text!r} is invalid at {part!r}; write it as mixer*3,attention or mixer(key=value)")
+
+
+def overridden(args: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """`args` with what the user has `given`, also inside arguments that are mappings."""
+    merged = dict(args)
+    for name, value in given.items():
+        nested = isinstance(value, Mapping) and isinstance(merged.get(name), Mapping)
+        merged[name] = overridden(merged[name], value) if nested else value
+    return merged

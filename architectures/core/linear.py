@@ -59,10 +59,25 @@ def decay_rates(heads: int, max_position: int) -> Tensor:
     return math.log(2) / half_lives
 
 
+def decay_biases(rates: Tensor, divisor: float) -> Tensor:
+    """The bias b of each rate, with `logsigmoid(b) / divisor = -rate`."""
+    return -torch.log(torch.expm1(divisor * rates))
+
+
 def group_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMS norm over the last axis of `x`, in fp32, times `weight` (broadcast); the result has x's dtype."""
     normed = F.rms_norm(wide(x), (x.shape[-1],), eps=eps)
     return (normed * wide(weight)).to(x.dtype)
+
+
+def norm_start(scales: Tensor, args: Any) -> Tensor:
+    """`scales [H]` for the weights of an output norm; for weights that all heads share, their mean."""
+    return scales if args.norm_per_head or getattr(args, "norm_full", False) else scales.mean()
+
+
+def strength_bias(beta: Tensor, args: Any) -> Tensor:
+    """The bias under which a sigmoid, times `beta_scale`, is `beta`."""
+    return (beta / args.beta_scale).logit()
 
 
 def check_sizes(**sizes: int | None) -> None:
@@ -163,6 +178,10 @@ class Projected(RotatedKeys):
         self.o_proj = nn.Linear(values, width, bias=args.o_bias)
         self.make_rotation(config, args, args.heads, args.head_dim)
 
-    def expanded_qkv(self, x: Tensor, ctx: Context) -> tuple[Tensor, Tensor, Tensor]:
+    def queries_keys(self, x: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
+        """Queries and keys `[B, T, H, K]` after qk-norm and RoPE."""
         q, k = (grouped(projection(x), self.heads) for projection in (self.q_proj, self.k_proj))
-        return *self.rotated(q, k, ctx), grouped(self.v_proj(x), self.heads)
+        return self.rotated(q, k, ctx)
+
+    def expanded_qkv(self, x: Tensor, ctx: Context) -> tuple[Tensor, Tensor, Tensor]:
+        return *self.queries_keys(x, ctx), grouped(self.v_proj(x), self.heads)

@@ -16,7 +16,7 @@ from zoo.architectures.core.config import DecoderConfig, build
 
 if TYPE_CHECKING:
     from zoo.architectures.core.cache import LayerCache
-    from zoo.architectures.core.plan import AttentionSpec, MixerPlan
+    from zoo.architectures.core.plan import AttentionSpec, MixerPlan, Start
 
 Phase = Literal["train", "prefill", "decode"]
 Output = Tensor | tuple[Tensor, dict[str, Tensor]]
@@ -137,6 +137,7 @@ class Mixer(Part):
     layer_type: ClassVar[str] = "zoo_recurrent"  # transformers' word for it, in `config.layer_types`
     by_head: ClassVar[bool] = True  # `from_attention` can take some heads of a layer
     keeps_softmax: ClassVar[bool] = False  # `from_attention` takes all options of softmax attention, or says which not
+    starts: ClassVar[tuple[Start, ...]] = ()  # new tensors of `from_attention` that can start from measurements
 
     @classmethod
     def layer_type_of(cls, args: Mapping[str, Any]) -> str:
@@ -156,6 +157,19 @@ class Mixer(Part):
         from zoo.errors import ZooError
 
         raise ZooError(f"mixer {cls.__module__.rpartition('.')[2]!r} cannot be made from softmax attention")
+
+    @classmethod
+    def starts_of(cls, args: Any) -> tuple[Start, ...]:
+        """`starts` of a mixer with these (typed) arguments."""
+        return cls.starts
+
+    def mix_values(self, x: Tensor, v: Tensor, ctx: Context, cache: LayerCache | None = None) -> Tensor:
+        """What each head reads of the values `v [B, T, H, V]` for the input `x [B, T, D]`: `[B, T, H, V]`, linear in
+        `v`, before norm, gate and output projection. With the basis vectors of time as values it is the head's mixing
+        matrix."""
+        from zoo.errors import ZooError
+
+        raise ZooError(f"mixer {type(self).__name__} has no matrix by which each head mixes its values")
 
     def expanded_qkv(self, x: Tensor, ctx: Context) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values `[B, T, H, D]` after bias, qk-norm and RoPE, before feature map, convolution or

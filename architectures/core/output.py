@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from transformers import initialization
 
 from zoo.architectures.core.config import DecoderConfig
-from zoo.architectures.core.linear import NORM_START, Projected, ProjectionArgs, group_norm
+from zoo.architectures.core.linear import NORM_START, Projected, ProjectionArgs, group_norm, norm_start
 from zoo.architectures.core.mixer import grouped, wide
-from zoo.architectures.core.plan import Init
+from zoo.architectures.core.plan import Init, Start
 from zoo.architectures.core.recurrent import gate_activation
 from zoo.errors import ZooError
 
@@ -76,6 +76,9 @@ class GatedOutput(Projected):
 
 # Arguments and starts for a mixer made from attention: each head's norm is its own, the gate is open and constant.
 OPEN_GATE = {"gate": "silu", "gate_bias": True, "norm_per_head": True}
+
+
+SCALE = Start(target="o_norm", means="scale", form=norm_start)
 
 
 def open_gate(heads: int, value_dim: int, hidden_size: int) -> tuple[Init, ...]:

@@ -5,9 +5,12 @@ A plan needs no module and no tensor, so that it can be shown, streamed and chec
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +72,23 @@ class Init:
     kind: str
     options: Mapping[str, Any] = field(default_factory=dict)
     fp32: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """A new tensor that can start from what the attention does on text, in place of its `Init`.
+
+    Args:
+        target: its name inside the mixer.
+        means: what is measured of each head: "rate", the decay of a state per token (of its logarithm, above 0);
+            "beta", the strength of writing (between 0 and 1); "scale", by what its `Init` is to be multiplied.
+        form: from the measured numbers `[H]` (fp64) and the mixer's typed arguments to those of the tensor: one for
+            all heads, one for each, or all.
+    """
+
+    target: str
+    means: Literal["rate", "beta", "scale"]
+    form: Callable[[Tensor, Any], Tensor] = lambda values, args: values
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -43,30 +43,53 @@ def atomic_directory(out: Path) -> Iterator[Path]:
     out = Path(os.path.abspath(out))
     refuse_existing(out)
     partial = out.parent / f".{out.name}.{os.getpid()}.partial"
-    made = [parent for parent in out.parents if not parent.exists()]
+    made = missing_parents(out)
     try:
-        with _sigterm_interrupts():
-            try:
-                partial.mkdir(parents=True)
-            except OSError as error:
-                raise ZooError(f"output {out} cannot be created: {error.strerror}; choose a writable path") from None
+        with sigterm_interrupts():
+            make_directory(partial, out)
             yield partial
             refuse_existing(out)
             partial.rename(out)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
-        for parent in made:
-            _remove_empty(parent)
+        remove_empty(made)
         raise
 
 
-def _remove_empty(folder: Path) -> None:
-    if folder.is_dir() and not any(folder.iterdir()):
-        folder.rmdir()
+@contextmanager
+def atomic_file(file: Path) -> Iterator[Path]:
+    """A path beside `file` to write to, renamed to it at the end, and removed on any error; `file` is replaced."""
+    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
+    try:
+        yield partial
+        partial.replace(file)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def make_directory(folder: Path, out: Path) -> None:
+    """Make `folder` and its parents; `out` is what errors name."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ZooError(f"output {out} cannot be created: {error.strerror}; choose a writable path") from None
+
+
+def missing_parents(path: Path) -> list[Path]:
+    """Parents that are not there yet, the nearest first."""
+    return [parent for parent in path.parents if not parent.exists()]
+
+
+def remove_empty(folders: list[Path]) -> None:
+    """Remove each folder that is empty once those before it are gone."""
+    for folder in folders:
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 @contextmanager
-def _sigterm_interrupts() -> Iterator[None]:
+def sigterm_interrupts() -> Iterator[None]:
+    """SIGTERM raises KeyboardInterrupt, as Ctrl-C does."""
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread may set handlers
         return
@@ -93,11 +116,21 @@ class Spec:
         return prod(self.shape) * self.dtype.itemsize
 
 
+class Finished(Protocol):
+    """Names of files that are whole."""
+
+    def __contains__(self, name: str) -> bool: ...
+
+    def add(self, name: str) -> None:
+        """`name` has just been written."""
+
+
 def write_tensors(
     folder: Path,
     specs: Mapping[str, Spec],
     get: Callable[[str], Tensor],
     max_shard_size: int | str = "5GB",
+    finished: Finished | None = None,
 ) -> None:
     """Write safetensors shards (and an index, if there are several), one tensor in memory at a time.
 
@@ -106,6 +139,7 @@ def write_tensors(
         specs: every tensor to write; shards follow this order.
         get: makes the tensor of a name; called once per tensor.
         max_shard_size: bytes, or text such as "500MB"; a larger tensor gets a shard of its own.
+        finished: shards that an earlier run has written and that stay.
 
     Raises:
         ZooError: a tensor that is not of the planned shape and dtype.
@@ -114,7 +148,10 @@ def write_tensors(
     weight_map: dict[str, str] = {}
     for number, names in enumerate(groups, 1):
         shard = "model.safetensors" if len(groups) == 1 else f"model-{number:05}-of-{len(groups):05}.safetensors"
-        _write_shard(folder / shard, {name: specs[name] for name in names}, get)
+        if finished is None or shard not in finished:
+            _write_shard(folder / shard, {name: specs[name] for name in names}, get)
+            if finished is not None:
+                finished.add(shard)
         weight_map |= dict.fromkeys(names, shard)
     if len(groups) > 1:
         total = sum(spec.nbytes for spec in specs.values())
@@ -143,8 +180,9 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
 
 
 def write_json(file: Path, data: Any) -> None:
-    """Indented JSON with a final newline."""
-    file.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    """Indented JSON with a final newline, whole or not at all."""
+    with atomic_file(file) as partial:
+        partial.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def parse_size(size: int | str) -> int:

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from transformers import initialization
 
 from zoo.architectures.core import mixer
+from zoo.architectures.core.cache import LayerCache
 from zoo.architectures.core.config import DecoderConfig
 from zoo.architectures.core.differential import Difference
 from zoo.architectures.core.keys import Keys, all_tokens, keep_ring, key_positions, shared_names, to_values
-from zoo.architectures.core.mixer import Context, wide
+from zoo.architectures.core.mixer import Context, repeat_heads, wide
 from zoo.architectures.core.plan import AttentionSpec, MixerPlan, Row
 from zoo.architectures.core.softmax import SoftmaxArgs, SoftmaxAttention, attention_rows
 from zoo.errors import ZooError
@@ -123,6 +124,13 @@ class Attention(SoftmaxAttention):
         attend = run if self.args.differential is None else partial(self.difference, attend=run)
         o: Tensor = attend(q, keys.k, keys.v)
         return o
+
+    def mix_values(self, x: Tensor, v: Tensor, ctx: Context, cache: LayerCache | None = None) -> Tensor:
+        if cache is not None or self.args.differential is not None:
+            return super().mix_values(x, v, ctx, cache)
+        k = repeat_heads(self.keys_values(x, ctx)[0], self.heads // self.kv_heads)
+        at = None if ctx.padding_mask is None else (ctx.positions, key_positions(ctx))
+        return self.attend(self.queries(x, ctx)[0], Keys(k, v, *(at or ())), ctx)
 
     def written(self, keys: Keys) -> dict[str, Tensor]:
         return {} if self.args.writes is None else to_values(self.args.writes, keys)

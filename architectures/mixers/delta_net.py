@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from zoo.architectures.core.cache import LayerCache
 from zoo.architectures.core.config import DecoderConfig
 from zoo.architectures.core.delta import recur
-from zoo.architectures.core.linear import check_width, projection_args, recurrent_bytes
+from zoo.architectures.core.linear import check_width, projection_args, recurrent_bytes, strength_bias
 from zoo.architectures.core.mixer import Context, grouped, wide
-from zoo.architectures.core.output import OPEN_GATE, GatedOutput, OutputArgs, open_gate
-from zoo.architectures.core.plan import AttentionSpec, Init, MixerPlan
+from zoo.architectures.core.output import OPEN_GATE, SCALE, GatedOutput, OutputArgs, open_gate
+from zoo.architectures.core.plan import AttentionSpec, Init, MixerPlan, Start
 from zoo.architectures.core.recurrent import ConvStates, identity_convs, transferred_rows
 from zoo.errors import ZooError
 
@@ -51,6 +51,7 @@ class Args(OutputArgs):
 
 class DeltaNet(GatedOutput):
     options = Args
+    starts = (Start(target="b_proj.bias", means="beta", form=strength_bias), SCALE)
 
     def __init__(self, config: DecoderConfig, args: Args) -> None:
         super().__init__()
@@ -75,12 +76,15 @@ class DeltaNet(GatedOutput):
 
     def forward(self, x: Tensor, ctx: Context, cache: LayerCache | None = None) -> Tensor:
         """`x [B, T, D] -> [B, T, D]`."""
-        projections = (("q", self.q_proj), ("k", self.k_proj), ("v", self.v_proj))
-        q, k, v = (grouped(self.convs(n, ctx.mask(p(x)), ctx, cache), self.heads) for n, p in projections)
+        v = grouped(self.convs("v", ctx.mask(self.v_proj(x)), ctx, cache), self.heads)
+        return self.finish(self.mix_values(x, v, ctx, cache), x)
+
+    def mix_values(self, x: Tensor, v: Tensor, ctx: Context, cache: LayerCache | None = None) -> Tensor:
+        projections = (("q", self.q_proj), ("k", self.k_proj))
+        q, k = (grouped(self.convs(n, ctx.mask(p(x)), ctx, cache), self.heads) for n, p in projections)
         q, k = self.rotated(q, k, ctx)
         beta = ctx.mask(wide(self.b_proj(x)).sigmoid() * self.args.beta_scale)
-        o = recur(q, ctx.mask(k), ctx.mask(v), beta, None, ctx, cache, scale=self.args.scale)
-        return self.finish(o, x)
+        return recur(q, ctx.mask(k), ctx.mask(v), beta, None, ctx, cache, scale=self.args.scale)
 
     def state_bytes(self, length: int, itemsize: int = 2) -> int:
         return recurrent_bytes(self.heads, self.key_dim, self.value_dim) + self.convs.state_bytes(itemsize)

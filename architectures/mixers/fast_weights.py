@@ -66,15 +66,13 @@ class FastWeights(KernelAttention):
     def features(self, q: Tensor, k: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
         return dpfp(wide(q), self.args.nu).to(q.dtype), dpfp(wide(k), self.args.nu).to(k.dtype)
 
-    def forward(self, x: Tensor, ctx: Context, cache: LayerCache | None = None) -> Tensor:
-        """`x [B, T, D] -> [B, T, D]`."""
+    def mix_values(self, x: Tensor, v: Tensor, ctx: Context, cache: LayerCache | None = None) -> Tensor:
         if self.args.rule == "sum":
-            return super().forward(x, ctx, cache)
-        q, k, v = self.expanded_qkv(x, ctx)
+            return super().mix_values(x, v, ctx, cache)
+        q, k = self.queries_keys(x, ctx)
         q, k = (shares(dpfp(wide(part), self.args.nu)).to(x.dtype) for part in (q, k))
         beta = ctx.mask(wide(self.b_proj(x)).sigmoid())
-        o = delta.recur(q, ctx.mask(k), ctx.mask(v), beta, None, ctx, cache, qk_l2norm=False, scale=1.0)
-        return self.o_proj(o.to(x.dtype).flatten(-2))
+        return delta.recur(q, ctx.mask(k), ctx.mask(v), beta, None, ctx, cache, qk_l2norm=False, scale=1.0)
 
     def state_bytes(self, length: int, itemsize: int = 2) -> int:
         return recurrent_bytes(self.heads, self.feature_dim, self.value_dim + (self.args.rule == "sum"))

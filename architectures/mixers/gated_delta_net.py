@@ -25,11 +25,13 @@ from zoo.architectures.core.linear import (
     check_width,
     decay_rates,
     group_norm,
+    norm_start,
     projection_args,
     recurrent_bytes,
+    strength_bias,
 )
 from zoo.architectures.core.mixer import Context, grouped, keep_fp32, wide
-from zoo.architectures.core.plan import AttentionSpec, Init, MixerPlan
+from zoo.architectures.core.plan import AttentionSpec, Init, MixerPlan, Start
 from zoo.architectures.core.recurrent import ConvStates, gate_activation, identity_convs, transferred_rows
 from zoo.errors import ZooError
 
@@ -69,6 +71,11 @@ class Args(ProjectionArgs):
 
 class GatedDeltaNet(RotatedKeys):
     options = Args
+    starts = (
+        Start(target="dt_bias", means="rate", form=lambda rates, args: inverse_softplus(rates)),
+        Start(target="b_proj.bias", means="beta", form=strength_bias),
+        Start(target="o_norm", means="scale", form=norm_start),
+    )
 
     def __init__(self, config: DecoderConfig, args: Args) -> None:
         super().__init__()
@@ -135,14 +142,15 @@ class GatedDeltaNet(RotatedKeys):
 
     def forward(self, x: Tensor, ctx: Context, cache: LayerCache | None = None) -> Tensor:
         """`x [B, T, D] -> [B, T, D]`."""
-        q, k, v = (self.convs(n, ctx.mask(p(x)), ctx, cache) for n, p in self._projections())
-        q, k = self._qk(q, k, ctx)
-        k, v = ctx.mask(k), ctx.mask(grouped(v, self.value_heads))
-        o = recur(q, k, v, *self._gates(x, ctx), ctx, cache, scale=self.args.scale)
+        v = grouped(self.convs("v", ctx.mask(self.v_proj(x)), ctx, cache), self.value_heads)
+        o = self.mix_values(x, v, ctx, cache)
         return self.o_proj(self._output(o.to(x.dtype), x).flatten(-2))
 
-    def _projections(self) -> tuple[tuple[str, nn.Module], ...]:
-        return ("q", self.q_proj), ("k", self.k_proj), ("v", self.v_proj)
+    def mix_values(self, x: Tensor, v: Tensor, ctx: Context, cache: LayerCache | None = None) -> Tensor:
+        projections = (("q", self.q_proj), ("k", self.k_proj))
+        q, k = (self.convs(name, ctx.mask(project(x)), ctx, cache) for name, project in projections)
+        q, k = self._qk(q, k, ctx)
+        return recur(q, ctx.mask(k), ctx.mask(v), *self._gates(x, ctx), ctx, cache, scale=self.args.scale)
 
     def _gates(self, x: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
         """beta and log decay, `[B, T, Hv]` fp32; padding neither writes nor forgets."""

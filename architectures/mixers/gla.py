@@ -19,14 +19,15 @@ from zoo.architectures.core.config import DecoderConfig
 from zoo.architectures.core.linear import (
     check_sizes,
     check_width,
+    decay_biases,
     decay_rates,
     projection_args,
     recur,
     recurrent_bytes,
 )
 from zoo.architectures.core.mixer import Context, grouped, keep_fp32, wide
-from zoo.architectures.core.output import OPEN_GATE, GatedOutput, OutputArgs, open_gate
-from zoo.architectures.core.plan import AttentionSpec, Init, MixerPlan
+from zoo.architectures.core.output import OPEN_GATE, SCALE, GatedOutput, OutputArgs, open_gate
+from zoo.architectures.core.plan import AttentionSpec, Init, MixerPlan, Start
 from zoo.architectures.core.recurrent import ConvStates, transferred_rows
 from zoo.errors import ZooError
 
@@ -62,6 +63,10 @@ class Args(OutputArgs):
 
 class GatedLinearAttention(GatedOutput):
     options = Args
+    starts = (
+        Start(target="decay_bias", means="rate", form=lambda rates, args: decay_biases(rates, args.decay_divisor)),
+        SCALE,
+    )
 
     def __init__(self, config: DecoderConfig, args: Args) -> None:
         super().__init__()
@@ -83,6 +88,7 @@ class GatedLinearAttention(GatedOutput):
     def from_attention(cls, spec: AttentionSpec, heads: tuple[int, ...] | None = None) -> MixerPlan:
         count, d = spec.heads if heads is None else len(heads), spec.head_dim
         args = projection_args(spec, count) | {"feature_map": "softmax"} | OPEN_GATE
+        rates = decay_rates(count, spec.max_position)
         inits = [
             Init(target="decay_down.weight", shape=(16, spec.hidden_size), kind="normal", options={"std": 0.02}),
             Init(target="decay_up.weight", shape=(count * d, 16), kind="normal", options={"std": 0.02}),
@@ -90,7 +96,7 @@ class GatedLinearAttention(GatedOutput):
                 target="decay_bias",
                 shape=(count * d,),
                 kind="values",
-                options={"values": decay_biases(count, d, spec.max_position)},
+                options={"values": decay_biases(rates, 16.0).repeat_interleave(d).tolist()},
                 fp32=True,
             ),
             *open_gate(count, d, spec.hidden_size),
@@ -99,13 +105,16 @@ class GatedLinearAttention(GatedOutput):
 
     def forward(self, x: Tensor, ctx: Context, cache: LayerCache | None = None) -> Tensor:
         """`x [B, T, D] -> [B, T, D]`."""
-        projections = (("q", self.q_proj), ("k", self.k_proj), ("v", self.v_proj))
-        q, k, v = (grouped(self.convs(n, ctx.mask(p(x)), ctx, cache), self.heads) for n, p in projections)
+        v = grouped(self.convs("v", ctx.mask(self.v_proj(x)), ctx, cache), self.heads)
+        return self.finish(self.mix_values(x, v, ctx, cache), x)
+
+    def mix_values(self, x: Tensor, v: Tensor, ctx: Context, cache: LayerCache | None = None) -> Tensor:
+        projections = (("q", self.q_proj), ("k", self.k_proj))
+        q, k = (grouped(self.convs(n, ctx.mask(p(x)), ctx, cache), self.heads) for n, p in projections)
         q, k = self.rotated(q, k, ctx)
         if self.args.feature_map == "softmax":
             q, k = (wide(part).softmax(-1).to(x.dtype) for part in (q, k))
-        o = recur(q, ctx.mask(k), ctx.mask(v), self._decay(x, ctx), ctx, cache, scale=self.args.scale)
-        return self.finish(o, x)
+        return recur(q, ctx.mask(k), ctx.mask(v), self._decay(x, ctx), ctx, cache, scale=self.args.scale)
 
     def _decay(self, x: Tensor, ctx: Context) -> Tensor:
         """Log decay `[B, T, H, K]` in fp32; padding does not forget."""
@@ -114,12 +123,6 @@ class GatedLinearAttention(GatedOutput):
 
     def state_bytes(self, length: int, itemsize: int = 2) -> int:
         return recurrent_bytes(self.heads, self.key_dim, self.value_dim) + self.convs.state_bytes(itemsize)
-
-
-def decay_biases(heads: int, head_dim: int, max_position: int) -> list[float]:
-    """Biases under which all channels of a head decay at the head's rate."""
-    biases = -torch.log(torch.expm1(16.0 * decay_rates(heads, max_position)))  # logsigmoid(bias) / 16 = -rate
-    return biases.repeat_interleave(head_dim).tolist()
 
 
 MODULE = GatedLinearAttention

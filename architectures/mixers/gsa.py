@@ -10,6 +10,7 @@ B batch, T new tokens, H heads, M slots, K key and V value head dimension.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -19,15 +20,16 @@ from transformers import initialization
 
 from zoo.architectures.core.cache import LayerCache
 from zoo.architectures.core.config import DecoderConfig
-from zoo.architectures.core.linear import check_sizes, decay_rates, projection_args
+from zoo.architectures.core.linear import check_sizes, decay_biases, decay_rates, projection_args
 from zoo.architectures.core.mixer import Context, grouped, keep_fp32, wide
-from zoo.architectures.core.output import OPEN_GATE, GatedOutput, OutputArgs, open_gate
-from zoo.architectures.core.plan import AttentionSpec, Init, MixerPlan
+from zoo.architectures.core.output import OPEN_GATE, SCALE, GatedOutput, OutputArgs, open_gate
+from zoo.architectures.core.plan import AttentionSpec, Init, MixerPlan, Start
 from zoo.architectures.core.recurrent import transferred_rows
 from zoo.architectures.core.slots import slot_attention, slot_bytes
 from zoo.errors import ZooError
 
 EXAMPLE = {"heads": 2, "head_dim": 16, "value_dim": 24, "slots": 12}
+SPREAD = 16.0  # a measured head's slots forget from so many times faster than it to as many times slower
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +59,7 @@ class Args(OutputArgs):
 
 class GatedSlotAttention(GatedOutput):
     options = Args
+    starts = (Start(target="decay_bias", means="rate", form=lambda rates, args: slot_biases(rates, args)), SCALE)
 
     def __init__(self, config: DecoderConfig, args: Args) -> None:
         super().__init__()
@@ -78,7 +81,7 @@ class GatedSlotAttention(GatedOutput):
         args = projection_args(spec, count) | OPEN_GATE | {"norm_full": False, "slots": slots, "decay_bias": True}
         args |= {"activation": None, "scale": spec.scale}
         divisor = float(spec.wanted.get("decay_divisor", 8.0))
-        biases = slot_biases(count, slots, divisor, spec.max_position)
+        biases = decay_biases(decay_rates(slots, spec.max_position), divisor).repeat(count).tolist()
         inits = (
             Init(
                 target="decay_proj.weight",
@@ -93,13 +96,15 @@ class GatedSlotAttention(GatedOutput):
 
     def forward(self, x: Tensor, ctx: Context, cache: LayerCache | None = None) -> Tensor:
         """`x [B, T, D] -> [B, T, D]`."""
-        projections = (self.q_proj, self.k_proj, self.v_proj)
-        q, k, v = (grouped(self._activated(projection(x)), self.heads) for projection in projections)
+        v = grouped(self._activated(self.v_proj(x)), self.heads)
+        return self.finish(self._activated(self.mix_values(x, v, ctx, cache)), x)
+
+    def mix_values(self, x: Tensor, v: Tensor, ctx: Context, cache: LayerCache | None = None) -> Tensor:
+        q, k = (grouped(self._activated(projection(x)), self.heads) for projection in (self.q_proj, self.k_proj))
         q, k = self.rotated(q, k, ctx)
         decay = self._decay(x, ctx)
         write = -torch.expm1(decay)  # nothing where padding does not forget
-        o = slot_attention(q, k, v, write.to(v.dtype), decay, ctx, cache, scale=self.args.scale)
-        return self.finish(self._activated(o), x)
+        return slot_attention(q, k, v, write.to(v.dtype), decay, ctx, cache, scale=self.args.scale)
 
     def _activated(self, x: Tensor) -> Tensor:
         return x if self.args.activation is None else F.silu(x)
@@ -115,10 +120,10 @@ class GatedSlotAttention(GatedOutput):
         return slot_bytes(self.heads, self.args.slots, self.key_dim, self.value_dim)
 
 
-def slot_biases(heads: int, slots: int, divisor: float, max_position: int) -> list[float]:
-    """Biases under which the slots of each head forget at rates from fast to slow."""
-    biases = -torch.log(torch.expm1(divisor * decay_rates(slots, max_position)))  # logsigmoid(bias) / divisor = -rate
-    return biases.repeat(heads).tolist()
+def slot_biases(rates: Tensor, args: Args) -> Tensor:
+    """Biases `[H, M]` under which each head's slots forget at rates about its own, from fast to slow."""
+    spread = torch.logspace(math.log2(SPREAD), -math.log2(SPREAD), args.slots, base=2.0, dtype=rates.dtype)
+    return decay_biases(rates[:, None] * spread, args.decay_divisor)
 
 
 MODULE = GatedSlotAttention

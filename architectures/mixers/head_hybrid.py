@@ -21,7 +21,7 @@ from zoo.architectures.core import mixer
 from zoo.architectures.core.cache import LayerCache
 from zoo.architectures.core.config import DecoderConfig
 from zoo.architectures.core.mixer import Context, Mixer
-from zoo.architectures.core.plan import AttentionSpec, MixerPlan, Row
+from zoo.architectures.core.plan import AttentionSpec, MixerPlan, Row, Start
 from zoo.architectures.core.recurrent import transferred_rows
 from zoo.architectures.mixers.parallel import take_projection
 from zoo.errors import ZooError
@@ -116,6 +116,21 @@ class HeadHybrid(Mixer):
         args = {"kept": kept, "o_bias": spec.o_bias, "attention": softmax.args, "mixer": name, "mixer_args": other.args}
         inits = tuple(replace(init, target=f"{BRANCHES[1]}.{init.target}") for init in other.inits)
         return MixerPlan(args=args, rows=tuple(rows), inits=inits)
+
+    @classmethod
+    def starts_of(cls, args: Args) -> tuple[Start, ...]:
+        """Those of the other heads' mixer, for the heads that are not `kept`."""
+        inner, parsed = args.branches()[1]
+        rest = [head for head in range(len(args.kept) + parsed.heads) if head not in args.kept]
+
+        def inside(start: Start) -> Start:
+            return replace(
+                start,
+                target=f"{BRANCHES[1]}.{start.target}",
+                form=lambda values, _: start.form(values[rest], parsed),
+            )
+
+        return tuple(inside(start) for start in inner.starts_of(parsed))
 
     def expanded_qkv(self, x: Tensor, ctx: Context) -> tuple[Tensor, Tensor, Tensor]:
         """As for other mixers, with the kept heads first."""

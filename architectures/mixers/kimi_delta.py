@@ -28,11 +28,13 @@ from zoo.architectures.core.linear import (
     check_width,
     decay_rates,
     group_norm,
+    norm_start,
     projection_args,
     recurrent_bytes,
+    strength_bias,
 )
 from zoo.architectures.core.mixer import Context, grouped, keep_fp32, wide
-from zoo.architectures.core.plan import AttentionSpec, Init, MixerPlan
+from zoo.architectures.core.plan import AttentionSpec, Init, MixerPlan, Start
 from zoo.architectures.core.recurrent import ConvStates, gate_activation, identity_convs, transferred_rows
 
 EXAMPLE = {"heads": 4, "head_dim": 16}
@@ -69,6 +71,11 @@ class Args(ProjectionArgs):
 
 class KimiDelta(Projected):
     options = Args
+    starts = (
+        Start(target="dt_bias", means="rate", form=lambda rates, args: inverse_softplus(rates)),
+        Start(target="b_proj.bias", means="beta", form=strength_bias),
+        Start(target="o_norm", means="scale", form=norm_start),
+    )
 
     def __init__(self, config: DecoderConfig, args: Args) -> None:
         super().__init__()
@@ -121,14 +128,17 @@ class KimiDelta(Projected):
 
     def forward(self, x: Tensor, ctx: Context, cache: LayerCache | None = None) -> Tensor:
         """`x [B, T, D] -> [B, T, D]`."""
-        projections = (("q", self.q_proj), ("k", self.k_proj), ("v", self.v_proj))
-        q, k, v = (grouped(self.convs(n, ctx.mask(p(x)), ctx, cache), self.heads) for n, p in projections)
-        q, k = self.rotated(q, k, ctx)
-        beta = wide(self.b_proj(x)).sigmoid() * self.args.beta_scale
-        o = recur(q, ctx.mask(k), ctx.mask(v), ctx.mask(beta), self._decay(x, ctx), ctx, cache, scale=self.args.scale)
-        o = group_norm(o.to(x.dtype), self.o_norm, self.args.norm_eps)
+        v = grouped(self.convs("v", ctx.mask(self.v_proj(x)), ctx, cache), self.heads)
+        o = group_norm(self.mix_values(x, v, ctx, cache).to(x.dtype), self.o_norm, self.args.norm_eps)
         gate = gate_activation(self.args.gate)(grouped(self.gate_up(self.gate_down(x)), self.heads))
         return self.o_proj((o * gate).flatten(-2))
+
+    def mix_values(self, x: Tensor, v: Tensor, ctx: Context, cache: LayerCache | None = None) -> Tensor:
+        projections = (("q", self.q_proj), ("k", self.k_proj))
+        q, k = (grouped(self.convs(n, ctx.mask(p(x)), ctx, cache), self.heads) for n, p in projections)
+        q, k = self.rotated(q, k, ctx)
+        beta = ctx.mask(wide(self.b_proj(x)).sigmoid() * self.args.beta_scale)
+        return recur(q, ctx.mask(k), ctx.mask(v), beta, self._decay(x, ctx), ctx, cache, scale=self.args.scale)
 
     def _decay(self, x: Tensor, ctx: Context) -> Tensor:
         """Log decay `[B, T, H, K]` in fp32; padding does not forget."""

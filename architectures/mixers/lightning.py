@@ -25,7 +25,7 @@ from zoo.architectures.core.config import DecoderConfig
 from zoo.architectures.core.features import cosine_pair, fixed_decay
 from zoo.architectures.core.linear import projection_args, recur, recurrent_bytes
 from zoo.architectures.core.mixer import Context, grouped, keep_fp32, wide, wide_dtype
-from zoo.architectures.core.output import OPEN_GATE, GatedOutput, OutputArgs, open_gate
+from zoo.architectures.core.output import OPEN_GATE, SCALE, GatedOutput, OutputArgs, open_gate
 from zoo.architectures.core.plan import AttentionSpec, MixerPlan
 from zoo.architectures.core.recurrent import transferred_rows
 from zoo.errors import ZooError
@@ -77,6 +77,7 @@ class Args(OutputArgs):
 
 class LightningAttention(GatedOutput):
     options = Args
+    starts = (SCALE,)
 
     def __init__(self, config: DecoderConfig, args: Args) -> None:
         super().__init__()
@@ -102,17 +103,18 @@ class LightningAttention(GatedOutput):
 
     def forward(self, x: Tensor, ctx: Context, cache: LayerCache | None = None) -> Tensor:
         """`x [B, T, D] -> [B, T, D]`."""
-        kinds = (self.args.activation, self.args.activation, self.args.value_activation)
-        projected = (projection(x) for projection in (self.q_proj, self.k_proj, self.v_proj))
-        q, k, v = (
-            grouped(F.silu(part) if kind else part, self.heads) for part, kind in zip(projected, kinds, strict=True)
-        )
+        v = self.v_proj(x)
+        v = grouped(F.silu(v) if self.args.value_activation else v, self.heads)
+        return self.finish(self.mix_values(x, v, ctx, cache), x)
+
+    def mix_values(self, x: Tensor, v: Tensor, ctx: Context, cache: LayerCache | None = None) -> Tensor:
+        projected = (projection(x) for projection in (self.q_proj, self.k_proj))
+        q, k = (grouped(F.silu(part) if self.args.activation else part, self.heads) for part in projected)
         q, k = self.rotated(q, k, ctx)
         if self.args.lrpe:
             angles = ctx.positions[..., None, None] * wide(self.theta)
             q, k = cosine_pair(q, angles), cosine_pair(k, angles)
-        o = recur(q, ctx.mask(k), ctx.mask(v), fixed_decay(self.log_decay(q), q, ctx), ctx, cache, scale=1.0)
-        return self.finish(o, x)
+        return recur(q, ctx.mask(k), ctx.mask(v), fixed_decay(self.log_decay(q), q, ctx), ctx, cache, scale=1.0)
 
     def log_decay(self, q: Tensor) -> Tensor:
         """`-s_h`, `[H]` in fp32 (fp64 beside fp64), on q's device."""

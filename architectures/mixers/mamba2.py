@@ -36,7 +36,7 @@ from zoo.architectures.core.linear import (
     rotation_args,
 )
 from zoo.architectures.core.mixer import Context, grouped, keep_fp32, wide
-from zoo.architectures.core.plan import AttentionSpec, Init, MixerPlan, Row
+from zoo.architectures.core.plan import AttentionSpec, Init, MixerPlan, Row, Start
 from zoo.architectures.core.recurrent import ConvStates, check_rope, identity_convs, transferred_rows
 from zoo.errors import ZooError
 
@@ -105,6 +105,10 @@ class Args(mixer.Args):
 
 class Mamba2(RotatedKeys):
     options = Args
+    starts = (
+        Start(target="A_log", means="rate", form=lambda rates, args: rates.log()),
+        Start(target="norm_weight", means="scale"),
+    )
     z_proj: nn.Linear
     x_proj: nn.Linear
     B_proj: nn.Linear
@@ -162,13 +166,17 @@ class Mamba2(RotatedKeys):
 
     def forward(self, x: Tensor, ctx: Context, cache: LayerCache | None = None) -> Tensor:
         """`x [B, T, D] -> [B, T, D]`."""
-        u, B, C = (self.convs(name, ctx.mask(self._projected(name, x)), ctx, cache) for name in ("x", "B", "C"))
-        C, B = self.rotated(grouped(C, self.groups), grouped(B, self.groups), ctx)
-        u, dt = grouped(u, self.heads), ctx.mask(self._time_steps(x))
-        v = (wide(u) * dt[..., None]).to(x.dtype)
-        y = recur(C, B, v, -wide(self.A_log).exp() * dt, ctx, cache, scale=1.0)
-        y = wide(y) + wide(self.D)[:, None] * wide(u)
+        u = grouped(self.convs("x", ctx.mask(self._projected("x", x)), ctx, cache), self.heads)
+        y = self.mix_values(x, u, ctx, cache)
         return self.out_proj(self._gated(y.flatten(-2), self._projected("z", x)).to(x.dtype))
+
+    def mix_values(self, x: Tensor, v: Tensor, ctx: Context, cache: LayerCache | None = None) -> Tensor:
+        B, C = (self.convs(name, ctx.mask(self._projected(name, x)), ctx, cache) for name in ("B", "C"))
+        C, B = self.rotated(grouped(C, self.groups), grouped(B, self.groups), ctx)
+        dt = ctx.mask(self._time_steps(x))
+        written = (wide(v) * dt[..., None]).to(x.dtype)
+        y = recur(C, B, written, -wide(self.A_log).exp() * dt, ctx, cache, scale=1.0)
+        return wide(y) + wide(self.D)[:, None] * wide(v)
 
     def _projected(self, name: str, x: Tensor) -> Tensor:
         y = getattr(self, f"{name}_proj")(x)

@@ -68,14 +68,13 @@ class Performer(KernelAttention):
         draw = Init(target="directions", shape=(256, spec.head_dim), kind="orthogonal_features")
         return MixerPlan(args=args, rows=transferred_rows(spec, heads), inits=(draw,))
 
-    def forward(self, x: Tensor, ctx: Context, cache: LayerCache | None = None) -> Tensor:
-        """`x [B, T, D] -> [B, T, D]`."""
-        q, k, v = self.expanded_qkv(x, ctx)
+    def mix_values(self, x: Tensor, v: Tensor, ctx: Context, cache: LayerCache | None = None) -> Tensor:
+        q, k = self.queries_keys(x, ctx)
         q_logits, k_logits = self._exponents(q), self._exponents(k)
         peak, decay = running_peak(k_logits.amax(-1), ctx, cache)
         q = (q_logits - q_logits.amax(-1, keepdim=True)).exp() + FLOOR
         k = (k_logits - peak[..., None]).exp()
-        return self.attend(q.to(v.dtype), k.to(v.dtype), v, decay, x, ctx, cache)
+        return self.attend(q.to(v.dtype), k.to(v.dtype), v, decay, ctx, cache)
 
     def _exponents(self, x: Tensor) -> Tensor:
         """`log phi(x)`, `[B, T, H, M]`, of `x [B, T, H, K]`."""

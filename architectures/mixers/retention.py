@@ -20,8 +20,8 @@ from zoo.architectures.core.cache import LayerCache
 from zoo.architectures.core.config import DecoderConfig
 from zoo.architectures.core.features import fixed_decay
 from zoo.architectures.core.linear import projection_args, recur, recurrent_bytes
-from zoo.architectures.core.mixer import Context, wide_dtype
-from zoo.architectures.core.output import OPEN_GATE, GatedOutput, OutputArgs, open_gate
+from zoo.architectures.core.mixer import Context, grouped, wide_dtype
+from zoo.architectures.core.output import OPEN_GATE, SCALE, GatedOutput, OutputArgs, open_gate
 from zoo.architectures.core.plan import AttentionSpec, MixerPlan
 from zoo.architectures.core.recurrent import transferred_rows
 
@@ -38,6 +38,7 @@ class Args(OutputArgs):
 
 class Retention(GatedOutput):
     options = Args
+    starts = (SCALE,)
 
     def __init__(self, config: DecoderConfig, args: Args) -> None:
         super().__init__()
@@ -57,9 +58,11 @@ class Retention(GatedOutput):
 
     def forward(self, x: Tensor, ctx: Context, cache: LayerCache | None = None) -> Tensor:
         """`x [B, T, D] -> [B, T, D]`."""
-        q, k, v = self.expanded_qkv(x, ctx)
-        o = recur(q, ctx.mask(k), ctx.mask(v), fixed_decay(self.log_decay(q), q, ctx), ctx, cache)
-        return self.finish(o, x)
+        return self.finish(self.mix_values(x, grouped(self.v_proj(x), self.heads), ctx, cache), x)
+
+    def mix_values(self, x: Tensor, v: Tensor, ctx: Context, cache: LayerCache | None = None) -> Tensor:
+        q, k = self.queries_keys(x, ctx)
+        return recur(q, ctx.mask(k), ctx.mask(v), fixed_decay(self.log_decay(q), q, ctx), ctx, cache)
 
     def log_decay(self, q: Tensor) -> Tensor:
         """`log gamma_h`, `[H]` in fp32 (fp64 beside fp64), on q's device."""

@@ -81,16 +81,15 @@ class RandomFeatureAttention(KernelAttention):
             args=projection_args(spec, count) | {"features": 64}, rows=transferred_rows(spec, heads), inits=inits
         )
 
-    def forward(self, x: Tensor, ctx: Context, cache: LayerCache | None = None) -> Tensor:
-        """`x [B, T, D] -> [B, T, D]`."""
-        q, k, v = self.expanded_qkv(x, ctx)
+    def mix_values(self, x: Tensor, v: Tensor, ctx: Context, cache: LayerCache | None = None) -> Tensor:
+        q, k = self.queries_keys(x, ctx)
         q, k = self._waves(q), self._waves(k)
         decay = None
         if self.args.gated:
             logits = wide(self.decay_proj(x))
             decay = ctx.mask(F.logsigmoid(logits))
             k = k * torch.sigmoid(-logits)[..., None]
-        return self.attend(q.to(v.dtype), k.to(v.dtype), v, decay, x, ctx, cache)
+        return self.attend(q.to(v.dtype), k.to(v.dtype), v, decay, ctx, cache)
 
     def _waves(self, x: Tensor) -> Tensor:
         """phi of `x [B, T, H, K]`, `[B, T, H, 2M]`, up to the constant that cancels."""

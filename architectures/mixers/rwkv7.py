@@ -35,7 +35,7 @@ from zoo.architectures.core.linear import (
 )
 from zoo.architectures.core.mixer import Context, Output, grouped, keep_fp32, wide
 from zoo.architectures.core.norms import head_norm
-from zoo.architectures.core.plan import AttentionSpec, Init, MixerPlan
+from zoo.architectures.core.plan import AttentionSpec, Init, MixerPlan, Start
 from zoo.architectures.core.recurrent import check_rope, continued, transferred_rows
 from zoo.architectures.core.token_shift import HeadArgs, LowRank, decay_speeds, mixed, ramp, token_shift
 from zoo.errors import ZooError
@@ -87,6 +87,11 @@ class Args(HeadArgs):
 
 class RWKV7(RotatedKeys):
     options = Args
+    starts = (
+        Start(target="decay_map.offset", means="rate", form=lambda rates, args: decay_offsets(rates)),
+        Start(target="rate_map.offset", means="beta", form=lambda beta, args: beta.logit()),
+        Start(target="norm_weight", means="scale"),
+    )
 
     def __init__(self, config: DecoderConfig, args: Args) -> None:
         super().__init__()
@@ -139,11 +144,11 @@ class RWKV7(RotatedKeys):
         count, d, width = spec.heads if heads is None else len(heads), spec.head_dim, spec.hidden_size
         args = projection_args(spec, count)
         rows = (replace(row, target=row.target.replace("q_proj", "r_proj")) for row in transferred_rows(spec, heads))
-        shares = (decay_rates(count, spec.max_position) / SLOWEST).repeat_interleave(d)
+        offsets = decay_offsets(decay_rates(count, spec.max_position)).repeat_interleave(d)
         rank = int(spec.wanted.get("gate_rank", Args.gate_rank))
         inits = (
             Init(target="mix", shape=(len(SHIFTED), width), kind="zeros"),  # no shift
-            *low_rank(spec, "decay", count * d, shares.logit().tolist()),
+            *low_rank(spec, "decay", count * d, offsets.tolist()),
             *low_rank(spec, "rate", count * d, [0.0] * count * d),
             Init(target="gate_map.down.weight", shape=(rank, width), kind="normal", options={"std": 0.02}),
             # over sigmoids of a half: the gate starts open, at about one
@@ -164,27 +169,47 @@ class RWKV7(RotatedKeys):
         r, k, v = (grouped(projection(inputs[name]), self.heads) for name, projection in projections.items())
         return *self.rotated(r, k, ctx), v
 
+    def _shifted(self, x: Tensor, ctx: Context, cache: LayerCache | None) -> dict[str, Tensor]:
+        """The input of each part, mixed with the token before."""
+        before = token_shift(x, ctx, cache)
+        return {name: mixed(x, before, share) for name, share in zip(SHIFTED, self.mix, strict=True)}
+
     def forward(self, x: Tensor, ctx: Context, cache: LayerCache | None = None) -> Output:
         """`x [B, T, D] -> [B, T, D]`, and the value `[B, T, H K]` of a layer that writes it."""
-        before = token_shift(x, ctx, cache)
-        inputs = {name: mixed(x, before, share) for name, share in zip(SHIFTED, self.mix, strict=True)}
-        r, k, v = (part.flatten(-2) for part in self._heads(inputs, ctx))
-        written = {FIRST_VALUE: v} if self.args.first_value == "write" else {}
+        inputs = self._shifted(x, ctx, cache)
+        r, k, v = self._heads(inputs, ctx)
+        written = {FIRST_VALUE: v.flatten(-2)} if self.args.first_value == "write" else {}
         if self.args.first_value == "read":
-            v = mixed(v, ctx.values[FIRST_VALUE].to(v.dtype), self.value_map(inputs["v"]).sigmoid())
-        rate = self.rate_map(inputs["a"]).sigmoid()
-        erase = F.normalize(wide(grouped(k * self.erase_scale.to(k.dtype), self.heads)), dim=-1)
-        k = (wide(k) * (1 + (rate - 1) * wide(self.rate_scale))).to(x.dtype)
-        write = erase * grouped(rate, self.heads)
-        r, k, v = (grouped(part, self.heads) for part in (r, k, v))
-        a, b = (ctx.mask(part.to(x.dtype)) for part in (-erase, write))
-        tensors = (r, ctx.mask(k), ctx.mask(v), a, b, self._decay(inputs["w"], ctx))
-        states = {"state": (self.heads, self.args.head_dim, self.args.head_dim)}
-        o = continued(dplr, dplr_step, tensors, states, ctx, cache, scale=1.0)
+            first = grouped(ctx.values[FIRST_VALUE].to(v.dtype), self.heads)
+            v = mixed(v, first, grouped(self.value_map(inputs["v"]).sigmoid(), self.heads))
+        rate = grouped(self.rate_map(inputs["a"]).sigmoid(), self.heads)
+        o = self._recur(r, k, v, rate, inputs, ctx, cache)
+        k = self._written(k, rate)
         o = wide(head_norm(o, self.norm_weight, self.norm_bias, self.args.norm_eps))
         bonus = (wide(r) * wide(k) * wide(self.bonus)).sum(-1, keepdim=True) * wide(v)
         y = self.o_proj((self.gate_map(inputs["g"]) * (o + bonus.flatten(-2))).to(x.dtype))
         return (y, written) if written else y
+
+    def mix_values(self, x: Tensor, v: Tensor, ctx: Context, cache: LayerCache | None = None) -> Tensor:
+        inputs = self._shifted(x, ctx, cache)
+        r, k, _ = self._heads(inputs, ctx)
+        rate = grouped(self.rate_map(inputs["a"]).sigmoid(), self.heads)
+        return self._recur(r, k, v, rate, inputs, ctx, cache)
+
+    def _recur(
+        self, r: Tensor, k: Tensor, v: Tensor, rate: Tensor, inputs: Mapping[str, Tensor], ctx: Context,
+        cache: LayerCache | None,
+    ) -> Tensor:  # fmt: skip
+        """The recurrence over r, k, v and the learning `rate`, each `[B, T, H, K]`."""
+        erase = F.normalize(wide(k * self.erase_scale.unflatten(0, (self.heads, -1)).to(k.dtype)), dim=-1)
+        a, b = (ctx.mask(part.to(v.dtype)) for part in (-erase, erase * rate))
+        tensors = (r, ctx.mask(self._written(k, rate)), ctx.mask(v), a, b, self._decay(inputs["w"], ctx))
+        states = {"state": (self.heads, self.args.head_dim, self.args.head_dim)}
+        return continued(dplr, dplr_step, tensors, states, ctx, cache, scale=1.0)
+
+    def _written(self, k: Tensor, rate: Tensor) -> Tensor:
+        """k', `[B, T, H, K]`."""
+        return (wide(k) * (1 + (rate - 1) * wide(self.rate_scale.unflatten(0, (self.heads, -1))))).to(k.dtype)
 
     def _decay(self, x: Tensor, ctx: Context) -> Tensor:
         """Log decay `[B, T, H, K]` in fp32; padding does not forget."""
@@ -192,6 +217,11 @@ class RWKV7(RotatedKeys):
 
     def state_bytes(self, length: int, itemsize: int = 2) -> int:
         return recurrent_bytes(self.heads, self.args.head_dim, self.args.head_dim) + self.width * itemsize
+
+
+def decay_offsets(rates: Tensor) -> Tensor:
+    """The offset of the decay map of each rate, as far as rates can be had."""
+    return (rates / SLOWEST).clamp(max=0.95).logit()
 
 
 def low_rank(spec: AttentionSpec, name: str, channels: int, offsets: list[float]) -> tuple[Init, ...]:

@@ -5,53 +5,71 @@ B rows, T tokens, D hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from functools import partial
+from math import prod
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-
-@dataclass
-class Seen:
-    """What went through one mixer of the teacher: input and output `[B, T, D]`, and the call's context."""
-
-    ctx: Any
-    x: Tensor
-    y: Tensor
+from zoo.architectures.core.watched import Seen, main_output, watched
+from zoo.conversion.core.row_store import RowStore
+from zoo.errors import ZooError
 
 
-@dataclass
-class Recorder:
-    """Filled by every forward of a model whose mixers are watched; `seen` maps the layer to its last call."""
-
-    seen: dict[int, Seen] = field(default_factory=dict)
-
-    def hook(self, layer: int) -> Any:
-        def record(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-            self.seen[layer] = Seen(ctx=inputs[1], x=inputs[0], y=main_output(output))
-
-        return record
+def observe(teacher: Any, layers: Sequence[int], ids: Tensor) -> dict[int, Seen]:
+    """What the mixers of `layers` do when `teacher` reads `ids [B, T]`."""
+    off = torch.autocast(ids.device.type, enabled=False)
+    with torch.no_grad(), off, watched(teacher, layers) as seen:
+        teacher.model(input_ids=ids, use_cache=False)
+    return seen
 
 
-def main_output(output: Any) -> Tensor:
-    """The hidden states of a mixer that may also write values for later layers."""
-    y: Tensor = output[0] if isinstance(output, tuple) else output
-    return y
+class MixerCache:
+    """Inputs and outputs of a teacher's mixers on disk, layer by layer, in the teacher's dtype.
 
+    Args:
+        folder: of this teacher.
+    """
 
-@contextmanager
-def watched(teacher: Any, layers: Sequence[int]) -> Iterator[Recorder]:
-    """Record inputs and outputs of the mixers of `layers` during each forward of `teacher`."""
-    recorder = Recorder()
-    hooks = [teacher.model.layers[i].mixer.register_forward_hook(recorder.hook(i)) for i in layers]
-    try:
-        yield recorder
-    finally:
-        for hook in hooks:
-            hook.remove()
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.stores: dict[int, RowStore] = {}
+
+    def of(self, teacher: Any, layers: Sequence[int], ids: Tensor) -> dict[int, Seen]:
+        """As `observe`, which runs only for rows that are new.
+
+        Raises:
+            ZooError: a mixer that also needs what earlier layers wrote, which is not kept.
+        """
+        if odd := [layer for layer in layers if teacher.model.layers[layer].reads]:
+            raise ZooError(f"layer {odd[0]} reads what earlier layers write; leave teacher_cache out of align")
+        new: dict[int, Seen] = {}
+        with torch.no_grad(), torch.autocast(ids.device.type, enabled=False):
+            ctx = teacher.model.context(ids)
+
+        def make(layer: int, missing: Tensor) -> Any:
+            if not new:
+                new.update(observe(teacher, layers, ids))
+            wanted = (ids[:, None] == missing).all(-1).int().argmax(0)
+            both = torch.stack([new[layer].x[wanted], new[layer].y[wanted]], dim=1)
+            return both.cpu().contiguous().flatten(1).view(torch.uint8).numpy()
+
+        shape = (2, ids.shape[1], teacher.config.hidden_size)
+        found = {}
+        for layer in layers:
+            records = self.store(layer, shape, teacher.dtype).records(ids, partial(make, layer))
+            x, y = torch.from_numpy(records).view(teacher.dtype).view(-1, *shape).to(ids.device).unbind(1)
+            found[layer] = Seen(ctx=ctx, x=x, y=y)
+        return found
+
+    def store(self, layer: int, shape: tuple[int, ...], dtype: torch.dtype) -> RowStore:
+        """The records of one layer."""
+        if layer not in self.stores:
+            self.stores[layer] = RowStore(self.folder / f"mixer{layer}-{shape[1]}", prod(shape) * dtype.itemsize)
+        return self.stores[layer]
 
 
 def relative_error(y: Tensor, target: Tensor) -> Tensor:
@@ -66,22 +84,21 @@ class Align(nn.Module):
     Args:
         student, teacher: two models with the same layers up to the mixers of `layers`.
         layers: indices of the swapped layers.
+        cache: what the teacher's mixers did before.
     """
 
-    def __init__(self, student: nn.Module, teacher: nn.Module, layers: Sequence[int]) -> None:
+    def __init__(
+        self, student: nn.Module, teacher: nn.Module, layers: Sequence[int], cache: MixerCache | None = None
+    ) -> None:
         super().__init__()
         self.student: Any = student
-        self.layers = list(layers)
+        self.layers, self.cache = list(layers), cache
         self.teacher: tuple[Any] = (teacher,)  # in a tuple: not a submodule, so neither trained nor saved
 
     def forward(self, ids: Tensor) -> Tensor:
-        with (
-            torch.no_grad(),
-            torch.autocast(ids.device.type, enabled=False),
-            watched(*self.teacher, self.layers) as recorder,
-        ):
-            self.teacher[0].model(input_ids=ids, use_cache=False)
-        errors = [self.error(layer, recorder.seen[layer]) for layer in self.layers]
+        (teacher,) = self.teacher
+        seen = observe(teacher, self.layers, ids) if self.cache is None else self.cache.of(teacher, self.layers, ids)
+        errors = [self.error(layer, seen[layer]) for layer in self.layers]
         return torch.stack(errors).mean()
 
     def error(self, layer: int, seen: Seen) -> Tensor:

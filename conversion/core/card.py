@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
-from yaml import YAMLError  # type: ignore[import-untyped]
+from yaml import YAMLError
 
 from zoo.architectures.core.hub import HUB_ID
 from zoo.conversion.core.planner import HEAD_HYBRID, Plan

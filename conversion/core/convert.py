@@ -5,17 +5,18 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import zoo
 from zoo.architectures.core import formats
 from zoo.architectures.core.checkpoint import read_json
 from zoo.architectures.core.hub import TOKENIZER_FILES, resolve
-from zoo.architectures.core.shards import Spec, atomic_directory, parse_size, refuse_existing, write_json, write_tensors
+from zoo.architectures.core.resumable import Unfinished, resumable_directory
+from zoo.architectures.core.shards import parse_size, refuse_existing, write_json
+from zoo.conversion.core.calibrated import calibrate, check_init
 from zoo.conversion.core.card import write_card
 from zoo.conversion.core.planner import Plan, build_plan, choose
+from zoo.conversion.core.streaming import identity, versions, write_shards
 from zoo.conversion.core.verify import Check, run_checks
 from zoo.errors import ZooError
 
@@ -59,6 +60,9 @@ def convert(
     keep_heads: Mapping[int, Sequence[int]] | None = None,
     layout: str | None = None,
     mixer_args: Mapping[str, Any] | None = None,
+    init: str = "plain",
+    calibration_data: str = "self",
+    rope: str = "keep",
     dry_run: bool = False,
     seed: int = 0,
     max_shard_size: int | str = "5GB",
@@ -79,6 +83,11 @@ def convert(
         keep_heads: by layer, heads that stay softmax attention beside the mixer of the others: `{11: [0, 2]}`.
         layout: instead of `mixer`, one mixer per layer: `gated_delta_net*3,attention`, tiled over the layers.
         mixer_args: arguments for the new mixers.
+        init: how new parameters start: "plain", near a no-op; or "calibrated", from what the attention does on a little
+            text, for which the source runs whole, in fp32.
+        calibration_data: that text, as `heal` takes it: a file, a directory, `self` (sampled from the source).
+        rope: "keep" the source's RoPE in the new layers, "drop" it, or "hype": keep it there and drop it in the kept
+            full attention, whose logits grow with the position instead (such layers are no longer the source's).
         dry_run: plan only: no tensor is read, nothing is written.
         seed: of new parameters that start at random; each tensor's own seed comes from its name and this.
         max_shard_size: bytes, or text such as "500MB".
@@ -89,7 +98,9 @@ def convert(
         The plan and the checks, which also stand in `out/verification.json`.
 
     Raises:
-        ZooError: bad input, or a check that failed; nothing is left at `out` then.
+        ZooError: bad input, or a check that failed; nothing is left at `out` then, and nothing beside it.
+        KeyboardInterrupt: Ctrl-C or SIGTERM. After this, or any death of the process, finished shards are in
+            `OUT.partial`; the same call goes on from them.
     """
     out = Path(out)
     refuse_existing(out)
@@ -103,12 +114,16 @@ def convert(
         subfolder=subfolder,
     )
     canonical = formats.read(path)
-    plan = build_plan(canonical, choose(canonical.decoder, mixer, mixer_args, layout, keep, keep_heads), seed)
+    swaps = choose(canonical.decoder, mixer, mixer_args, layout, keep, keep_heads)
+    plan = build_plan(canonical, swaps, seed, rope)
+    check_init(plan, init, calibration_data)
     require_tokenizer(path)
     if dry_run:
         return Report(plan)
-    with atomic_directory(out) as folder:
-        _write(plan, folder, max_shard_size)
+    plan = calibrate(plan, calibration_data) if init == "calibrated" else plan
+    with resumable_directory(out, identity(plan, parse_size(max_shard_size))) as unfinished:
+        folder = unfinished.folder
+        _write(plan, unfinished, max_shard_size)
         write_json(folder / RECORD, _record(plan, str(source), path, mixer, layout))
         checks = run_checks(plan, folder, fresh_process=fresh_process)
         write_json(folder / "verification.json", {"ok": True, "checks": checks})
@@ -122,9 +137,9 @@ def require_tokenizer(path: Path) -> None:
         raise ZooError(f"{path} has no tokenizer, which the output carries; put its tokenizer.json there")
 
 
-def _write(plan: Plan, folder: Path, max_shard_size: int | str) -> None:
-    specs = {row.target: Spec(row.shape, row.dtype) for row in plan.rows}
-    write_tensors(folder, specs, plan.tensor, max_shard_size)
+def _write(plan: Plan, unfinished: Unfinished, max_shard_size: int | str) -> None:
+    folder = unfinished.folder
+    write_shards(plan, unfinished, max_shard_size)
     config = plan.config.to_dict() | {"architectures": ["ZooForCausalLM"]}
     config.pop("_name_or_path", None)
     write_json(folder / "config.json", config)
@@ -151,7 +166,6 @@ def _name_tokenizer(source: Path, folder: Path) -> None:
 
 
 def _record(plan: Plan, source: str, path: Path, mixer: str | None, layout: str | None) -> dict[str, Any]:
-    versions = {"hybrid-zoo": zoo.__version__, **{name: metadata.version(name) for name in ("torch", "transformers")}}
     return {
         "format_version": 1,
         "source": {"name": source, "revision": revision_of(path), "format": plan.source.format},
@@ -160,10 +174,12 @@ def _record(plan: Plan, source: str, path: Path, mixer: str | None, layout: str 
         "keep": [index for index in range(len(plan.source.decoder.layers)) if index not in plan.swaps],
         "swaps": [{"layer": index, "mixer": swap.mixer, "args": dict(swap.args)} for index, swap in plan.swaps.items()],
         "seed": plan.seed,
+        "rope": plan.rope,
+        "measured": {str(index): dict(numbers) for index, numbers in plan.measured.items()},
         "transferred": plan.transferred,
         "new": plan.new,
         "plan": [row.to_dict() for row in plan.rows],
-        "versions": versions,
+        "versions": versions(),
     }
 
 

@@ -1,4 +1,4 @@
-"""Where the rows of a healing run come from: text, recall documents, lists, the teacher itself, or shares of each.
+"""Where the rows of a healing run come from: text, conversations, recall, lists, the teacher itself, or shares of each.
 
 N rows, L tokens per row.
 """
@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from zoo.conversion.core.chat import chat_rows, is_chat
 from zoo.conversion.core.recall_pool import KINDS, recall_pool
 from zoo.conversion.core.rows import Array, Mixture, Part, Pool, Refreshed, Rows, Stream, needed_rows, parse
 from zoo.conversion.core.sampling import sample_rows
@@ -54,7 +55,7 @@ def check(data: str) -> list[Part]:
             continue
         path = Path(part.name).expanduser()
         if not path.exists():
-            known = "a text file, a directory, datasets:NAME, recall, lists or self"
+            known = "a text file, a .jsonl of messages, a directory, datasets:NAME, recall, lists or self"
             raise ZooError(f"data {part.name!r} does not exist; give {known}")
         if path.is_file() and path.stat().st_size == 0:
             raise ZooError(f"data {path} is empty; give a file that holds text")
@@ -69,12 +70,14 @@ def mixture(parts: list[Part], teacher: Any, tokenizer: Any, plan: Plan) -> Mixt
     """The run's rows. Tokenising, and recall rows, happen here; sampling from the teacher happens when a pool is due.
 
     Raises:
-        ZooError: text that is missing, empty or shorter than a row.
+        ZooError: text that is missing, empty or shorter than a row; conversations that cannot be used.
     """
     needed = needed_rows(parts, plan.total)
     sources: dict[str, Rows] = {}
     for part in parts:
-        if is_text(part.name):
+        if is_chat(part.name):
+            sources[part.name] = talked(part.name, tokenizer, plan)
+        elif is_text(part.name):
             wanted = (needed[part.name] + 2) * plan.length
             plan.say(f"tokenising {part.name}")
             tokens = text_tokens(part.name, tokenizer, wanted, plan.seed, plan.cache)
@@ -102,6 +105,17 @@ def sampled(teacher: Any, tokenizer: Any, plan: Plan, needed: int) -> Refreshed:
         return cached(plan.cache / f"self-{key}-{number}.npy", draw)
 
     return Refreshed(make, size, plan.pool_uses, plan.seed)
+
+
+def talked(name: str, tokenizer: Any, plan: Plan) -> Pool:
+    """Rows of conversations, of which the replies are learned."""
+    key = fingerprint(name, tokenizer, tokenizer.chat_template, plan.length, plan.seed)
+
+    def write() -> Array:
+        plan.say(f"tokenising {name}")
+        return chat_rows(name, tokenizer, plan.length, plan.seed)
+
+    return Pool(cached(plan.cache / f"chat-{key}.npy", write), plan.seed)
 
 
 def recalled(teacher: Any, tokenizer: Any, plan: Plan, kind: str, needed: int, sources: dict[str, Rows]) -> Pool:

@@ -141,19 +141,3 @@ def attending(attends: Mapping[nn.Module, Callable[..., Tensor]]) -> Iterator[No
     finally:
         for mixer in attends:
             del mixer.attend
-
-
-@contextmanager
-def silenced(module: nn.Module) -> Iterator[None]:
-    """`module` with zeros for its output, and for what it writes for later layers."""
-
-    def zeros(module: nn.Module, inputs: Any, output: Any) -> Any:
-        if isinstance(output, tuple):
-            return output[0] * 0, {name: value * 0 for name, value in output[1].items()}
-        return output * 0
-
-    hook = module.register_forward_hook(zeros)
-    try:
-        yield
-    finally:
-        hook.remove()

@@ -1,41 +1,17 @@
-"""Which parameters train, at which rate, and how the rate goes up and down."""
+"""Which parameters train, at which rate, and with which weight decay."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from zoo.conversion.core.lora import is_adapter, plain_name
+from zoo.conversion.core.stages import Stage
+
 BETAS = (0.9, 0.95)
-FINAL = 0.02  # the last step's rate, as a share of the highest
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One stage of healing.
-
-    Args:
-        name: `align` or `distill`.
-        steps: optimizer steps.
-        rates: highest learning rate of new and of copied parameters; 0 freezes them.
-        warmup: share of the steps in which the rate rises.
-        hold: share of the steps after which it falls, linearly, to 2%.
-    """
-
-    name: str
-    steps: int
-    rates: tuple[float, float]
-    warmup: float = 0.05
-    hold: float = 0.2
-
-    def factor(self, step: int) -> float:
-        """The learning rate of step `step` (from 0) over its highest."""
-        rise = (step + 1) / max(1.0, self.warmup * self.steps)
-        fall = (self.steps - step) / max(1.0, (1 - self.hold) * self.steps)
-        return min(1.0, rise, max(FINAL, fall))
 
 
 def parameter_groups(
@@ -46,8 +22,9 @@ def parameter_groups(
     Norms, biases and decay parameters get no weight decay. Each group carries its highest rate as `peak`.
     """
     fresh, groups = frozenset(new), dict[tuple[float, float], list[nn.Parameter]]()
+    mixers = tuple(f"model.layers.{layer}.mixer." for layer in new_layers(fresh)) if stage.mixers_alone else ("",)
     for name, parameter in named:
-        rate = stage.rates[0] if name in fresh else stage.rates[1]
+        rate = rate_of(name, fresh, stage) if name.startswith(mixers) else 0.0
         parameter.requires_grad_(rate > 0)
         if rate > 0:
             decay = weight_decay if decays(name, parameter) else 0.0
@@ -55,6 +32,15 @@ def parameter_groups(
     return [
         {"params": group, "lr": rate, "peak": rate, "weight_decay": decay} for (rate, decay), group in groups.items()
     ]
+
+
+def rate_of(name: str, new: frozenset[str], stage: Stage) -> float:
+    """The highest rate of a parameter; adapters train in the place of transferred parameters."""
+    if is_adapter(name):
+        return stage.lr_copied
+    if plain_name(name) in new:
+        return stage.lr_new
+    return 0.0 if stage.lora else stage.lr_copied
 
 
 def decays(name: str, parameter: nn.Parameter) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -13,12 +13,13 @@ from torch import Tensor
 from zoo import registry
 from zoo.architectures.core.config import DecoderConfig
 from zoo.architectures.core.formats import CARRIED, Canonical, check_tensors
-from zoo.architectures.core.layout import Item, parse_layout
+from zoo.architectures.core.layout import Item, overridden, parse_layout
 from zoo.architectures.core.operations import Operation, initial
 from zoo.architectures.core.plan import AttentionSpec, Init, MixerPlan
 from zoo.architectures.core.recurrent import UNTRANSFERRED
 from zoo.architectures.core.rules import Step
 from zoo.architectures.core.zoo_config import ZooConfig
+from zoo.conversion.core import positions
 from zoo.errors import ZooError
 
 HEAD_HYBRID = "head_hybrid"  # the mixer of a layer of which some heads are kept
@@ -71,13 +72,16 @@ class Row:
 
 @dataclass(frozen=True)
 class Plan:
-    """A conversion as data: `rows`, the output's `config`, and the `swaps` by layer that led to them."""
+    """A conversion as data: `rows`, the output's `config`, and the `swaps` by layer that led to them; by layer, what
+    was `measured` for new parameters to start from; and what becomes of `rope`."""
 
     source: Canonical
     config: ZooConfig
     swaps: Mapping[int, Swap]
     rows: tuple[Row, ...]
     seed: int = 0
+    measured: Mapping[int, Mapping[str, list[float]]] = field(default_factory=dict)
+    rope: str = "keep"
 
     @cached_property
     def by_target(self) -> dict[str, Row]:
@@ -160,21 +164,25 @@ def _wanted(mixer: str | None, layout: str | None, args: Mapping[str, Any], dept
     return [(name, {**own, **(args if name != "attention" or mixer is not None else {})}) for name, own in items]
 
 
-def build_plan(source: Canonical, swaps: Mapping[int, Swap], seed: int = 0) -> Plan:
-    """The plan that replaces the attention of the layers in `swaps`; no tensor is read.
+def build_plan(source: Canonical, swaps: Mapping[int, Swap], seed: int = 0, rope: str = "keep") -> Plan:
+    """The plan that replaces the attention of the layers in `swaps`, with RoPE as in `positions`; no tensor is read.
 
     Raises:
         ZooError: a mixer that cannot be made from this attention, or arguments that do not fit.
     """
+    positions.check(rope, source.decoder)
+    if rope != "keep":
+        swaps = {i: replace(swap, args=positions.arguments(rope, swap.mixer, swap.args)) for i, swap in swaps.items()}
     plans = {index: _mixer_plan(source.decoder, index, swap) for index, swap in swaps.items()}
-    layers = list(source.decoder.layers)
+    layers = [positions.kept(rope, layer) for layer in source.decoder.layers]
     for index, swap in swaps.items():
-        layers[index] = replace(layers[index], mixer=swap.mixer, mixer_args=overridden(plans[index].args, swap.args))
+        args = overridden(plans[index].args, swap.args)
+        layers[index] = replace(source.decoder.layers[index], mixer=swap.mixer, mixer_args=args)
     decoder = replace(source.decoder, layers=tuple(layers))
     config = _config(source, decoder, swaps)
     rows = tuple(_rows(source, plans))
     check_tensors(config, {row.target: row.shape for row in rows}, "plan")
-    return Plan(source, config, dict(swaps), rows, seed)
+    return Plan(source, config, dict(swaps), rows, seed, rope=rope)
 
 
 def attention_spec(decoder: DecoderConfig, index: int) -> AttentionSpec:
@@ -223,15 +231,6 @@ def _shapes(mixer: str, decoder: DecoderConfig, args: Mapping[str, Any]) -> dict
     cls = registry.get("mixers", mixer, "MODULE")
     with torch.device("meta"):
         return {name: tuple(tensor.shape) for name, tensor in cls(decoder, cls.parse(args)).state_dict().items()}
-
-
-def overridden(args: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """`args` with what the user has `given`, also inside arguments that are mappings."""
-    merged = dict(args)
-    for name, value in given.items():
-        nested = isinstance(value, Mapping) and isinstance(merged.get(name), Mapping)
-        merged[name] = overridden(merged[name], value) if nested else value
-    return merged
 
 
 def _config(source: Canonical, decoder: DecoderConfig, swaps: Mapping[int, Swap]) -> ZooConfig:

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from zoo.conversion.core.optim import Stage
+from zoo.conversion.core.stages import Stage
 
 
 class Meter(AbstractContextManager["Meter"]):
@@ -18,11 +18,10 @@ class Meter(AbstractContextManager["Meter"]):
 
     Args:
         stages: what will run.
-        tokens_per_step: B * L.
         shown: print anything at all.
     """
 
-    def __init__(self, stages: Sequence[Stage], tokens_per_step: int, shown: bool = True) -> None:
+    def __init__(self, stages: Sequence[Stage], shown: bool = True) -> None:
         self.console = Console(stderr=True, quiet=not shown)
         columns = (
             TextColumn("{task.description}"),
@@ -31,7 +30,7 @@ class Meter(AbstractContextManager["Meter"]):
             TimeRemainingColumn(),
         )
         self.bars = Progress(*columns, console=self.console, disable=not (shown and self.console.is_terminal))
-        totals = {stage.name: stage.steps * tokens_per_step for stage in stages}
+        totals = {stage.name: stage.steps * stage.step_tokens for stage in stages}
         self.tasks = {name: self.bars.add_task(name, total=total, note="") for name, total in totals.items()}
         self.totals, self.lines, self.last = totals, dict.fromkeys(totals, 0), {}  # type: ignore[var-annotated]
 

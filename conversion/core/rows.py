@@ -1,7 +1,8 @@
 """Training rows from named sources: which row of which source stands at which place, as a function of the place alone.
 
 A resumed run therefore reads what an uninterrupted one would, on any number of processes.
-R rows of a run, B rows of a batch, L tokens per row.
+R rows of a run, B rows of a batch, L tokens per row. A row holds token ids; a negative one, `~id`, is a token whose
+successor is not to be learned (see `hide` and `shown`): a prompt in a conversation, padding, the end of a document.
 """
 
 from __future__ import annotations
@@ -18,6 +19,17 @@ from zoo.errors import ZooError
 
 Array = NDArray[Any]
 GOLDEN = (5**0.5 - 1) / 2
+
+
+def hide(ids: Array, learned: Array) -> Array:
+    """Ids `[..., L]` marked where `learned [..., L]` is False."""
+    return np.where(learned, ids, ~ids.astype(np.int64))
+
+
+def shown(rows: Array) -> tuple[Array, Array | None]:
+    """Ids, and where their successors are learned; None stands for everywhere."""
+    learned = rows >= 0
+    return (rows, None) if learned.all() else (np.where(learned, rows, ~rows), learned)
 
 
 class Rows(Protocol):
@@ -154,6 +166,20 @@ class Mixture:
         owner, place = self.owner[start:stop], self.place[start:stop]
         taken = [self.sources[p.name].take(place[owner == n]) for n, p in enumerate(self.parts) if (owner == n).any()]
         return np.concatenate(taken)
+
+
+@dataclass(frozen=True)
+class Feed:
+    """The rows of one stage: `count` of a mixture's, from `start` on, as often as asked."""
+
+    mixture: Mixture
+    start: int
+    count: int
+
+    def batch(self, start: int, stop: int) -> Array:
+        """Rows [stop - start, L]; the last lies in the same epoch as the first."""
+        start, stop = start % self.count, (stop - 1) % self.count + 1
+        return self.mixture.batch(self.start + start, self.start + stop)
 
 
 def assignment(fractions: Sequence[float], total: int) -> tuple[Array, Array]:

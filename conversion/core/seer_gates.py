@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from zoo.architectures.core.mixer import Context, wide
+from zoo.architectures.core.watched import watched
 from zoo.architectures.core.windows import ended
-from zoo.conversion.core.align import watched
 from zoo.errors import ZooError
 from zoo.kernels.checks import default_scale
 
@@ -57,9 +57,9 @@ def train_gates(
     with learning(list(mixers.values()), weights):
         optimizer = torch.optim.AdamW(weights, lr=lr, weight_decay=0.0)
         for ids in batches:
-            with torch.no_grad(), watched(model, layers) as recorder:
+            with torch.no_grad(), watched(model, layers) as seen:
                 model.model(input_ids=ids, use_cache=False)
-            loss = torch.stack([gate_loss(mixers[i], recorder.seen[i].x, recorder.seen[i].ctx) for i in layers]).mean()
+            loss = torch.stack([gate_loss(mixers[i], seen[i].x, seen[i].ctx) for i in layers]).mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -1,11 +1,7 @@
 """Effective state size of softmax attention (Parnichkun et al. 2025, arXiv 2504.19561): how large a recurrent state is
 that computes what a layer does on sample text.
 
-A head's output is `W v` with the lower-triangular attention weights `W [T, T]`. A recurrence that gives the same output
-needs at token i a state of at least rank(W[i:, :i]) rows. With that block's singular values s_1 >= s_2 >= ... and
-p_j = s_j / sum(s):
-
-    tolerance variant: #{s_j > tolerance * s_1},     entropy variant: exp(-sum_j p_j ln p_j)
+`zoo.architectures.core.mixing` says how it is measured.
 
 B batch, T tokens, H heads.
 """
@@ -19,28 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoo.conversion.core.align import Seen, watched
+from zoo.architectures.core.mixing import softmax_weights, state_places, state_sizes
+from zoo.architectures.core.watched import Seen, watched
 from zoo.conversion.core.scored import Scored
-from zoo.conversion.core.verify import softmax_weights
-
-TOLERANCE = 1e-3
-PLACES = 8  # tokens of a row at which the state is measured
-
-
-def state_sizes(weights: Tensor, places: Collection[int], tolerance: float = TOLERANCE) -> tuple[Tensor, Tensor]:
-    """Effective state sizes `[B, H]` by tolerance and by entropy, mean over `places`, of `weights [B, H, T, T]`.
-
-    Args:
-        places: tokens i, from 1 to T - 1.
-        tolerance: share of the largest singular value that still counts.
-    """
-    counts, entropies = [], []
-    for place in places:
-        values = torch.linalg.svdvals(weights[..., place:, :place].double())
-        counts.append((values > tolerance * values[..., :1]).sum(-1).double())
-        shares = values / values.sum(-1, keepdim=True).clamp(min=1e-300)
-        entropies.append(torch.special.entr(shares).sum(-1).exp())
-    return torch.stack(counts).mean(0), torch.stack(entropies).mean(0)
 
 
 @torch.no_grad()
@@ -50,14 +27,13 @@ def measure_states(model: Any, ids: Tensor, layers: Collection[int], scored: Sco
 
     def sizes(layer: int) -> dict[str, float]:
         if not inputs:  # a run that goes on may need none of them
-            with watched(model, list(layers)) as recorder:
+            with watched(model, list(layers)) as seen_by_layer:
                 model.model(input_ids=ids.to(model.device), use_cache=False)
-            inputs.update(recorder.seen)
+            inputs.update(seen_by_layer)
         seen, mixer = inputs[layer], model.model.layers[layer].mixer
         q, k, _ = (x.double().transpose(1, 2) for x in mixer.expanded_qkv(seen.x, seen.ctx))
-        places = sorted({max(1, round(ids.shape[1] * n / (PLACES + 1))) for n in range(1, PLACES + 1)})
         weights = softmax_weights(mixer.args, q, k, seen.ctx.positions[0])
-        found = state_sizes(weights, places)
+        found = state_sizes(weights, state_places(ids.shape[1]))
         return {name: float(x.sum(1).mean()) for name, x in zip(("tolerance", "entropy"), found, strict=True)}
 
     return {layer: scored.get(f"state/{layer}", partial(sizes, layer)) for layer in layers}

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,8 +12,9 @@ from zoo.architectures.core import formats
 from zoo.architectures.core.checkpoint import Checkpoint, read_json
 from zoo.architectures.core.hub import resolve
 from zoo.architectures.core.load import tokenizer
-from zoo.architectures.core.shards import write_json
+from zoo.architectures.core.shards import atomic_file, write_json
 from zoo.conversion.core import models
+from zoo.conversion.core.calibrated import started
 from zoo.conversion.core.convert import RECORD
 from zoo.conversion.core.planner import Plan, Swap, build_plan
 from zoo.conversion.core.texts import opening, read_text
@@ -77,7 +76,8 @@ def planned(folder: Path, source: str | Path | None = None) -> Plan:
     record = read_json(folder / RECORD, "record")
     canonical = formats.read(resolve(source or record["source"]["name"], revision=record["source"]["revision"]))
     swaps = {swap["layer"]: Swap(swap["mixer"], swap["args"]) for swap in record["swaps"]}
-    return build_plan(canonical, swaps, record["seed"])
+    plan = build_plan(canonical, swaps, record["seed"], record.get("rope", "keep"))
+    return started(plan, {int(layer): numbers for layer, numbers in record.get("measured", {}).items()})
 
 
 def windows(plan: Plan, text: str) -> Tensor:
@@ -117,8 +117,6 @@ def _runs(plan: Plan, folder: Path, text: Tensor | None, trained: bool) -> Itera
 def write(folder: Path, name: str, checks: dict[str, Check]) -> None:
     """`verification.json` and `verification.html`, in place of those of an earlier verification."""
     ok = all(check["passed"] is not False for check in checks.values())
-    parts: dict[str, Any] = {"verification.json": {"ok": ok, "checks": checks}, "verification.html": page(name, checks)}
-    for file, content in parts.items():
-        partial = folder / f".{file}.{os.getpid()}"
-        write_json(partial, content) if isinstance(content, dict) else partial.write_text(content, encoding="utf-8")
-        partial.replace(folder / file)
+    write_json(folder / "verification.json", {"ok": ok, "checks": checks})
+    with atomic_file(folder / "verification.html") as partial:
+        partial.write_text(page(name, checks), encoding="utf-8")

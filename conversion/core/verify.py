@@ -19,7 +19,9 @@ from torch import Tensor
 from zoo import registry
 from zoo.architectures.core.checkpoint import Checkpoint
 from zoo.architectures.core.config import Layer
+from zoo.architectures.core.layout import overridden
 from zoo.architectures.core.mixer import Context, Mixer
+from zoo.architectures.core.mixing import softmax_weights
 from zoo.architectures.core.rope import RotaryTable
 from zoo.architectures.core.shards import tensor_bytes
 from zoo.conversion.core import models
@@ -139,8 +141,13 @@ def expansion(plan: Plan, out: Checkpoint, hidden: Mapping[int, list[Tensor]]) -
 def _with_positions(plan: Plan, index: int) -> Layer:
     """A swapped layer; where the user took the source's RoPE and qk-norm away, it has them, to be compared."""
     layer, spec = plan.config.decoder_config.layers[index], attention_spec(plan.source.decoder, index)
-    taken = {name: getattr(spec, name) for name in ("rope", "qk_norm") if name in plan.swaps[index].args}
-    return replace(layer, mixer_args={**layer.mixer_args, **taken})
+
+    def taken(given: Mapping[str, Any]) -> dict[str, Any]:
+        here = {name: getattr(spec, name) for name in ("rope", "qk_norm") if name in given}
+        here |= {"temperature": None} if "temperature" in given else {}
+        return here | {name: taken(value) for name, value in given.items() if isinstance(value, Mapping)}
+
+    return replace(layer, mixer_args=overridden(layer.mixer_args, taken(plan.swaps[index].args)))
 
 
 def _transferred(plan: Plan, out: Checkpoint, name: str) -> Tensor:
@@ -220,20 +227,6 @@ def softmax_attention(plan: Plan, index: int, qkv: tuple[Tensor, Tensor, Tensor]
     q, k, v = (x.transpose(1, 2) for x in qkv)
     args = registry.get("mixers", "attention", "MODULE").parse(plan.source.decoder.layers[index].mixer_args)
     return (softmax_weights(args, q, k, ctx.positions[0]) @ v).transpose(1, 2).flatten(2)
-
-
-def softmax_weights(args: Any, q: Tensor, k: Tensor, positions: Tensor) -> Tensor:
-    """Attention of `args` (those of mixer `attention`) from q and k `[B, H, T, K]`, written out: `[B, H, T, T]`."""
-    scores = q @ k.transpose(-1, -2) * (args.scale or args.head_dim**-0.5)
-    if args.softcap is not None:
-        scores = args.softcap * torch.tanh(scores / args.softcap)
-    query, key = positions[:, None], positions[None, :]
-    seen = key <= query
-    if args.window is not None:
-        seen = seen & ((query - key < args.window) | (key < args.sinks))
-    if args.chunk is not None:
-        seen = seen & (query // args.chunk == key // args.chunk)
-    return scores.masked_fill(~seen, float("-inf")).softmax(-1)
 
 
 def error(expected: Tensor, found: Tensor) -> float:

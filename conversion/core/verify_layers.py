@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from zoo.architectures.core.mixer import Mixer
+from zoo.architectures.core.watched import main_output, parts, silenced, watched
 from zoo.conversion.core import models
-from zoo.conversion.core.align import main_output, relative_error, watched
-from zoo.conversion.core.judge import Judge, Samples, replaced, silenced
+from zoo.conversion.core.align import relative_error
+from zoo.conversion.core.judge import Judge, Samples, replaced
 from zoo.conversion.core.planner import Plan
 from zoo.conversion.core.select_heads import local_heads
 from zoo.conversion.core.verify import Check
@@ -29,12 +29,12 @@ DEAD = 1e-3  # of the KL: a branch that does not raise it by as much does nothin
 def similarity(plan: Plan, teacher: Any, model: Any, ids: Tensor, *, trained: bool) -> Check:
     """By new layer, on the teacher's inputs: cosine and relative error of its output against the attention's, now and,
     after training, as conversion left it."""
-    with watched(teacher, list(plan.swaps)) as recorder:
+    with watched(teacher, list(plan.swaps)) as seen_by_layer:
         teacher.model(input_ids=ids, use_cache=False)
     ages = {"before": models.swapped(plan), "after": model} if trained else {"before": model}
     found: dict[str, dict[str, float]] = {}
     for index in plan.swaps:
-        seen, numbers = recorder.seen[index], {}
+        seen, numbers = seen_by_layer[index], {}
         for age, which in ages.items():
             y = main_output(which.model.layers[index].mixer(seen.x, seen.ctx, None))
             numbers[f"cosine_{age}"] = float(F.cosine_similarity(y, seen.y, dim=-1).mean())
@@ -71,12 +71,6 @@ def branches(plan: Plan, teacher: Any, model: Any, text: Tensor, *, trained: boo
     dead = [name for name in dead if not name.endswith(" window")]
     numbers = {"kl": base["kl"], "perplexity": base["perplexity"], "teacher_perplexity": judge(teacher)["perplexity"]}
     return {"passed": not dead if trained else None, "dead": dead, **numbers, "window": window, "layers": found}
-
-
-def parts(mixer: nn.Module) -> dict[str, nn.Module]:
-    """What can be switched off in a mixer: the whole, and each mixer inside it."""
-    inside = {name: module for name, module in mixer.named_modules() if name and isinstance(module, Mixer)}
-    return {"whole": mixer, **inside}
 
 
 @contextmanager

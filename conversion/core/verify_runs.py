@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from zoo.architectures.core.checkpoint import Checkpoint
+from zoo.architectures.core.watched import main_output
 from zoo.conversion.core import models
-from zoo.conversion.core.align import main_output
 from zoo.conversion.core.planner import Plan
 from zoo.conversion.core.verify import TOLERANCE, Check, bounded, error, layer_mixer, skipped, with_context
 from zoo.kernels import dispatch

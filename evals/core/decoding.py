@@ -1,6 +1,4 @@
-"""Greedy answers to many prompts through the model's own cache, without padding.
-
-Prompts of one token count run together, so nothing is ever padded and an answer does not depend on its neighbours.
+"""Greedy answers to prompts through the model's own cache.
 
 B batch, T prompt tokens, V vocabulary.
 """
@@ -8,77 +6,91 @@ B batch, T prompt tokens, V vocabulary.
 from __future__ import annotations
 
 import re
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
 
 from zoo.evals.core import running
+from zoo.evals.core.requests import Request, outputs
+
+
+@dataclass(frozen=True)
+class Continue(Request):
+    """The greedy continuation of `ids`; its output is text.
+
+    Args:
+        max_new: most tokens to generate.
+        until: strings; once all of them stand in the text it ends: with substring scoring, what follows cannot change
+            the score.
+        stop: strings; the text ends before the first of them.
+    """
+
+    max_new: int = 32
+    until: Sequence[str] = ()
+    stop: Sequence[str] = ()
+    kind: ClassVar[str] = "continue"
+
+    @property
+    def blank(self) -> str:
+        return ""
+
+    def score(self, output: str) -> float | None:
+        """Whether everything that is looked for is there."""
+        return float(all(contains(output, value) for value in self.until)) if self.until else None
+
+    def cut(self, text: str) -> tuple[str, bool]:
+        """The text up to its end, and whether it has ended."""
+        ends = [text.find(mark) for mark in self.stop if mark in text]
+        if ends:
+            return text[: min(ends)], True
+        return text, bool(self.until) and all(contains(text, value) for value in self.until)
 
 
 def answers(
-    model: Any,
-    tokenizer: Any,
-    prompts: Sequence[Sequence[int]],
-    expected: Sequence[str],
-    *,
-    max_new: int,
-    batch_tokens: int | None = None,
-    label: str = "answers",
+    model: Any, tokenizer: Any, requests: Sequence[Continue], *, batch_tokens: int | None = None, label: str = "answers"
 ) -> list[str]:
-    """The greedy continuation of each prompt, as text, in the order of `prompts`.
+    """The greedy continuation of each prompt, as text, in the order of `requests`.
 
-    A batch stops after `max_new` tokens, or as soon as every row contains its expected string: with substring
-    scoring, later tokens cannot change the score.
+    Generation ends at the tokenizer's end-of-text token too, where the model's config names none.
 
     Args:
-        prompts: token ids.
-        expected: per prompt, the string that answers it.
-        max_new: most tokens to generate.
         batch_tokens: prompt tokens per batch (default: 16384 on CPU, 131072 on GPU).
     """
-    device = running.device_of(model)
-    limit = batch_tokens or (131072 if device.type == "cuda" else 16384)
-    found = [""] * len(prompts)
-    with running.evaluating(model):
-        batches = list(_batches(prompts, limit))
-        for rows in running.track(batches, label, len(batches)):
-            ids = torch.tensor([list(prompts[i]) for i in rows], device=device)
-            texts = _continue(model, ids, _reader(tokenizer, [expected[i] for i in rows]), max_new)
-            for i, text in zip(rows, texts, strict=True):
-                found[i] = text
-    return found
+    return outputs(model, requests, batch_tokens=batch_tokens, label=label, run=partial(_continue, tokenizer=tokenizer))
 
 
-def _batches(prompts: Sequence[Sequence[int]], limit: int) -> Iterator[list[int]]:
-    """Indices of prompts that share a token count, at most `limit` tokens together."""
-    groups: dict[int, list[int]] = defaultdict(list)
-    for i, prompt in enumerate(prompts):
-        groups[len(prompt)].append(i)
-    for length, rows in sorted(groups.items()):
-        size = max(1, limit // length)
-        yield from (rows[start : start + size] for start in range(0, len(rows), size))
-
-
-def _reader(tokenizer: Any, expected: Sequence[str]) -> Callable[[Tensor], tuple[list[str], bool]]:
-    def read(ids: Tensor) -> tuple[list[str], bool]:
-        texts = tokenizer.batch_decode(ids.tolist(), clean_up_tokenization_spaces=False)
-        return texts, all(value in text for value, text in zip(expected, texts, strict=True))
-
-    return read
-
-
-def _continue(model: Any, ids: Tensor, read: Callable[[Tensor], tuple[list[str], bool]], max_new: int) -> list[str]:
+def _continue(model: Any, requests: Sequence[Continue], tokenizer: Any) -> list[str]:
+    ids = torch.tensor([list(request.ids) for request in requests], device=running.device_of(model))
+    texts: list[str | None] = [None] * len(requests)
+    end = _end(model, tokenizer)
     logits, cache = running.last_logits(model, ids)
     new = logits.argmax(-1, keepdim=True)
-    texts, done = read(new)
-    while not done and new.shape[1] < max_new:
+    while True:
+        for i, (request, tokens) in enumerate(zip(requests, new.tolist(), strict=True)):
+            if texts[i] is None and len(tokens) <= request.max_new:
+                texts[i] = _text(request, tokens, end, tokenizer)
+        if None not in texts:
+            return [text for text in texts if text is not None]
         logits, cache = running.last_logits(model, new[:, -1:], cache)
         new = torch.cat([new, logits.argmax(-1, keepdim=True)], dim=1)
-        texts, done = read(new)
-    return texts
+
+
+def _text(request: Continue, tokens: list[int], end: set[int], tokenizer: Any) -> str | None:
+    """The answer once it has ended."""
+    ended = tokens[-1] in end
+    shown = tokens[:-1] if ended else tokens
+    text, cut = request.cut(tokenizer.decode(shown, clean_up_tokenization_spaces=False))
+    return text if cut or ended or len(tokens) >= request.max_new else None
+
+
+def _end(model: Any, tokenizer: Any) -> set[int]:
+    """Tokens that end a text."""
+    found = getattr(model.config, "eos_token_id", None)
+    found = getattr(tokenizer, "eos_token_id", None) if found is None else found
+    return set(found) if isinstance(found, list | tuple) else set() if found is None else {found}
 
 
 def contains(answer: str, value: str) -> bool:

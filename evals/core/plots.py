@@ -1,30 +1,19 @@
-"""Plots of results as SVG text, to stand inside an HTML page."""
+"""Plots of the numbers of results."""
 
 from __future__ import annotations
 
-import io
-import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
+from zoo.evals.core.figures import COLOURS, Plot, draw, figure_and_axes, legend, svg
+from zoo.evals.core.sample_plots import depth_plots, recall_plot
 from zoo.evals.core.summary import Run, count, size
-
-COLOURS = ("#2563a8", "#c2571a", "#2f8f5b", "#7b4ea3", "#b03a5b", "#6b6b6b", "#a08a1c", "#1c8fa0")
-
-
-@dataclass(frozen=True)
-class Plot:
-    """A heading, a sentence that says how to read it, and the picture."""
-
-    title: str
-    caption: str
-    svg: str
 
 
 def plots(runs: Sequence[Run]) -> list[Plot]:
     """One plot per kind of result that at least one run has."""
-    return [plot for make in (_perplexity, _needle, _kl, _state, _speed) if (plot := make(runs)) is not None]
+    makers = (_perplexity, _needle, _kl, _state, recall_plot, _speed)
+    return [plot for make in makers if (plot := make(runs)) is not None] + depth_plots(runs)
 
 
 def _perplexity(runs: Sequence[Run]) -> Plot | None:
@@ -69,7 +58,7 @@ def _speed(runs: Sequence[Run]) -> Plot | None:
     bars = [(label, *speed) for label, results in runs if "efficiency" in results for speed in _speeds(results)]
     if not bars:
         return None
-    figure, axes = _figure()
+    figure, axes = figure_and_axes()
     names = [f"{label}, {length}" for label, kind, length, _ in bars if kind == "prefill"]
     for offset, kind in ((-0.2, "prefill"), (0.2, "decode")):
         speeds = [value for _, which, _, value in bars if which == kind]
@@ -77,9 +66,9 @@ def _speed(runs: Sequence[Run]) -> Plot | None:
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
     axes.set(xlabel="tokens per second", xscale="log")
-    _legend(axes)
+    legend(axes)
     caption = "Median speed after a prompt of the given length, all models on the hardware named below."
-    return Plot("Tokens per second", caption, _svg(figure))
+    return Plot("Tokens per second", caption, svg(figure))
 
 
 def _speeds(results: Any) -> Iterator[tuple[str, str, float]]:
@@ -101,42 +90,16 @@ def _curves(
     found = [(label, results[task].series[series]) for label, results in runs if _has(results, task, series)]
     if not found:
         return None
-    figure, axes = _figure()
+    figure, axes = figure_and_axes()
     for i, (label, curve) in enumerate(found):
-        _draw(axes, label, curve, COLOURS[i % len(COLOURS)], bars)
+        draw(axes, label, curve, COLOURS[i % len(COLOURS)], bars)
     style(axes)
-    _legend(axes)
-    return Plot(title, caption, _svg(figure))
+    legend(axes)
+    return Plot(title, caption, svg(figure))
 
 
 def _has(results: Any, task: str, series: str) -> bool:
     return task in results and bool(results[task].series.get(series, {}).get("x"))
-
-
-def _draw(axes: Any, label: str, curve: Any, colour: str, bars: bool) -> None:
-    x, y, low, high = (curve.get(name) for name in ("x", "y", "low", "high"))
-    if not bars or low is None:
-        axes.plot(x, y, marker="o", markersize=3, color=colour, label=label)
-        if low is not None:
-            axes.fill_between(x, low, high, color=colour, alpha=0.12, linewidth=0)
-        return
-    below = [max(0.0, value - bound) for value, bound in zip(y, low, strict=True)]
-    above = [max(0.0, bound - value) for value, bound in zip(y, high, strict=True)]
-    axes.errorbar(x, y, [below, above], marker="o", markersize=4, capsize=3, color=colour, label=label)
-
-
-def _figure() -> tuple[Any, Any]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.4, 3.8), layout="constrained")
-    axes = figure.add_subplot()
-    axes.grid(alpha=0.25, linewidth=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
-
-
-def _legend(axes: Any) -> None:
-    axes.legend(frameon=False, fontsize="small")
 
 
 def _plain_ticks(axes: Any) -> None:
@@ -147,15 +110,3 @@ def _plain_ticks(axes: Any) -> None:
 def _length_axis(axes: Any) -> None:
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(lambda value, _: count(round(value)))
-
-
-def _svg(figure: Any) -> str:
-    """The figure as an `<svg>` element with its text as text, without anything that changes from run to run."""
-    import matplotlib
-
-    buffer = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "zoo", "font.family": "sans-serif"}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    text = buffer.getvalue()
-    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
-    return re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', 'width="100%" role="img"', text, count=1)

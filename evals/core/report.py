@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.resources import files
 from itertools import groupby
 from pathlib import Path
@@ -11,10 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from zoo.errors import ZooError
 from zoo.evals.core.plots import plots
+from zoo.evals.core.records import Record
 from zoo.evals.core.summary import Run, summary
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+SHOWN, END = 5, 400  # samples of a kind, and characters of each
 
 
 def table(runs: Sequence[Run], title: str | None = None) -> Table:
@@ -57,6 +61,7 @@ def write_html(runs: Sequence[Run], path: str | Path, title: str = "Evaluation")
         labels=[label for label, _ in _check(runs)],
         groups=[(task, list(lines)) for task, lines in groupby(summary(runs), key=lambda line: line.task)],
         plots=[(plot.title, plot.caption, Markup(plot.svg)) for plot in plots(runs)],
+        samples=list(_samples(runs)),
         notes=_notes(runs),
     )
     target = Path(path)
@@ -90,6 +95,28 @@ def _notes(runs: Sequence[Run]) -> list[dict[str, Any]]:
         for label, results in runs
         for task, result in results.items()
     ]
+
+
+def _samples(runs: Sequence[Run]) -> Iterator[tuple[str, str, str, list[dict[str, Any]]]]:
+    """Of each task with samples: the run, the task, how many there are, and the first failures and hits."""
+    for label, results in runs:
+        for task, result in results.items():
+            missed = [record for record in result.records if not any(record.scores.values())]
+            hits = [record for record in result.records if any(record.scores.values())]
+            if result.records:
+                counts = f"{len(result.records)} samples, {len(missed)} without any hit"
+                yield label, task, counts, [_entry(record) for record in [*missed[:SHOWN], *hits[:SHOWN]]]
+
+
+def _entry(record: Record) -> dict[str, Any]:
+    output = record.output if isinstance(record.output, str) else json.dumps(record.output)
+    return {
+        "id": record.id,
+        "scores": ", ".join(f"{name} {float(value):.4g}" for name, value in record.scores.items()),
+        "prompt": record.prompt[-END:],
+        "output": output[:END],
+        "answers": ", ".join(map(str, record.answers))[:END],
+    }
 
 
 def _plain(value: object) -> str:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from zoo.errors import ZooError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 _RESERVED = ("metric", "value", "n", "stderr", "ci95")
 
 
@@ -68,8 +69,13 @@ class Result:
         skipped: items left out, for instance the tokens after the last whole window.
         hardware: cpu, gpu, torch and transformers versions.
         dtype: dtype of the weights.
-        seconds: wall time of the task.
+        seconds: wall time of the task; kept beside the results, which are the same for every run.
         series: curves for the report, name -> {"x": [...], "y": [...], "low": [...], "high": [...]}.
+        comparable_to: whose numbers these compare with ("ruler-nv"), or what sets them apart.
+        fingerprint, tokenizer, data: hashes of weights and config, of the tokenizer, of the files that were read.
+        parameters, layer_types: of the model.
+        commit: of this library where it is a checkout, else its version.
+        records: the samples (`zoo.evals.core.records.Record`), written to a file of their own.
     """
 
     task: str
@@ -82,8 +88,16 @@ class Result:
     skipped: int = 0
     hardware: Mapping[str, str] = field(default_factory=dict)
     dtype: str = ""
-    seconds: float = 0.0
+    seconds: float = field(default=0.0, compare=False)
     series: Mapping[str, Mapping[str, list[float]]] = field(default_factory=dict)
+    comparable_to: str = ""
+    fingerprint: str = ""
+    tokenizer: str = ""
+    data: str = ""
+    parameters: int = 0
+    layer_types: Sequence[str] = ()
+    commit: str = ""
+    records: Sequence[Any] = field(default=(), compare=False)
 
     def select(self, metric: str, **at: int | str) -> Iterator[Row]:
         """Rows of `metric` whose place agrees with `at`."""
@@ -109,7 +123,12 @@ class Result:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON data."""
-        data = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("rows", "options", "series")}
+        data = {
+            f.name: getattr(self, f.name)
+            for f in fields(self)
+            if f.name not in ("rows", "options", "series", "records", "seconds")
+        }
+        data["layer_types"] = list(self.layer_types)
         data["hardware"] = dict(self.hardware)
         series = {name: {key: list(points) for key, points in curve.items()} for name, curve in self.series.items()}
         rows = [row.to_dict() for row in self.rows]
@@ -123,36 +142,58 @@ class Result:
             ZooError: the data was written by a newer version of this library.
         """
         schema = data.get("schema_version")
-        if schema != SCHEMA_VERSION:
+        if schema not in range(1, SCHEMA_VERSION + 1):
             raise ZooError(
-                f"results have schema version {schema}, this library reads {SCHEMA_VERSION}; update hybrid-zoo"
+                f"results have schema version {schema}, this library reads 1 to {SCHEMA_VERSION}; update hybrid-zoo"
             )
-        known = {f.name: data[f.name] for f in fields(cls) if f.name in data}
+        known = {f.name: data[f.name] for f in fields(cls) if f.name in data and f.name != "records"}
+        known["layer_types"] = tuple(data.get("layer_types", ()))
         return cls(**{**known, "rows": tuple(Row.from_dict(row) for row in data["rows"])})
 
 
 def write_json(path: str | Path, data: Any) -> None:
     """Write `data` to `path` at once: a reader sees the old file or the whole new one."""
-    path = Path(path)
+    write_text(Path(path), lambda: json.dumps(data, indent=1, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: Callable[[], str]) -> None:
+    """Write what `text()` gives to `path` at once; nothing is left behind if it fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        temporary.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        temporary.write_text(text(), encoding="utf-8")
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def read_results(path: str | Path) -> dict[str, Result]:
-    """The results in a `results.json`, by task.
+    """The results in a `results.json` or in the directory that holds one, by task, with the samples beside it.
 
     Raises:
         ZooError: the file is missing or is no results file.
     """
+    path = Path(path) / "results.json" if Path(path).is_dir() else Path(path)
     try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
-        return {task: Result.from_dict(entry) for task, entry in data["results"].items()}
+        data = json.loads(path.read_text(encoding="utf-8"))
+        results = {task: Result.from_dict(entry) for task, entry in data["results"].items()}
+        return {task: replace(result, records=read_records(path.parent, task)) for task, result in results.items()}
     except FileNotFoundError:
         raise ZooError(f"results file {str(path)!r} does not exist; write one with `zoo eval ... --out DIR`") from None
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise ZooError(f"{str(path)!r} is not a results file ({type(error).__name__}: {error})") from error
+
+
+def file_name(task: str) -> str:
+    """The name of a task as the name of a file."""
+    return re.sub(r"[^\w.+-]", "_", task)
+
+
+def read_records(folder: Path, task: str) -> tuple[Any, ...]:
+    """The samples of a task beside its results; none where none were kept."""
+    from zoo.evals.core.records import Record  # which imports this module
+
+    path = folder / "samples" / f"{file_name(task)}.jsonl"
+    if not path.is_file():
+        return ()
+    return tuple(Record.from_dict(json.loads(line)) for line in path.read_text(encoding="utf-8").split("\n") if line)

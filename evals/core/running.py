@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import platform
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, TypeVar
@@ -13,11 +13,13 @@ from typing import Any, TypeVar
 import torch
 import transformers
 from torch import Tensor
+from torch.nn import functional as F
 
 from zoo.errors import ZooError
 from zoo.evals.core.result import Result, Row
 
 T = TypeVar("T")
+_CHUNK = 2**25
 _progress: ContextVar[Any] = ContextVar("progress", default=None)
 
 
@@ -111,8 +113,11 @@ def build(
     started: float,
     options: Mapping[str, Any],
     seed: int | None = None,
+    truncated: int = 0,
     skipped: int = 0,
+    comparable_to: str = "",
     series: Mapping[str, Mapping[str, list[float]]] | None = None,
+    records: Sequence[Any] = (),
 ) -> Result:
     """The `Result` of a task that began at `started` (`time.perf_counter()`)."""
     parameter = next(model.parameters())
@@ -123,12 +128,23 @@ def build(
         rows=tuple(rows),
         options=options,
         seed=seed,
+        truncated=truncated,
         skipped=skipped,
+        comparable_to=comparable_to,
         hardware=hardware(parameter.device),
         dtype=str(parameter.dtype).removeprefix("torch."),
         seconds=round(time.perf_counter() - started, 3),
         series=series or {},
+        records=tuple(records),
     )
+
+
+def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy `[B, L]` in fp32 of `logits [B, L, V]`, a few positions at a time to bound the fp32 copy."""
+    step = max(1, _CHUNK // logits.shape[-1])
+    pairs = zip(logits.flatten(0, 1).split(step), targets.flatten().split(step), strict=True)
+    parts = [F.cross_entropy(part.float(), target, reduction="none") for part, target in pairs]
+    return torch.cat(parts).view_as(targets)
 
 
 @contextmanager
@@ -139,6 +155,18 @@ def show_progress(progress: Any) -> Iterator[None]:
         yield
     finally:
         _progress.reset(token)
+
+
+@contextmanager
+def bar(label: str, total: int) -> Iterator[Callable[[int, str], None]]:
+    """A progress bar over `total` tokens, moved on by the function that it gives; a note stands beside the label."""
+    progress = _progress.get()
+    if progress is None:
+        yield lambda tokens, note: None
+        return
+    task = progress.add_task(label, total=total)
+    yield lambda tokens, note: progress.update(task, advance=tokens, description=f"{label} {note}")
+    progress.update(task, completed=total)
 
 
 def track(items: Iterable[T], label: str, total: int) -> Iterator[T]:

@@ -96,7 +96,13 @@ def test_a_cache_keeps_its_length(model: ZooForCausalLM) -> None:
 
 
 @pytest.mark.parametrize(
-    ("static", "before", "draft", "removed"), [(False, 5, 4, 3), (False, 0, 6, 2), (True, 5, 4, 4), (True, 4, 1, 1)]
+    ("static", "before", "draft", "removed"),
+    [
+        (False, 5, 4, 3),
+        (True, 4, 1, 1),
+        pytest.param(False, 0, 6, 2, marks=pytest.mark.slow),
+        pytest.param(True, 5, 4, 4, marks=pytest.mark.slow),
+    ],
 )
 def test_rollback_is_never_having_seen_the_tokens(
     model: ZooForCausalLM, static: bool, before: int, draft: int, removed: int

@@ -60,11 +60,11 @@ def test_bf16_keeps_decays_in_fp32(model: ZooForCausalLM, tmp_path: Path) -> Non
 
 
 def test_a_long_bf16_roll_out_stays_near_fp32(model: ZooForCausalLM, tmp_path: Path) -> None:
-    model.save_pretrained(tmp_path)
-    low, ids = ZooForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16), draw(1, 48)
     if any(part.chooses or getattr(part, "method", None) for part in parts(model)):
         pytest.skip("which keys are chosen depends on the rounding")
-    steps = (8, *[1] * 40)
+    model.save_pretrained(tmp_path)
+    low, ids = ZooForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16), draw(1, 48)
+    steps = (20, *[1] * 28)
     found, expected = feed(low, ids, steps)[0].float(), forward(model, ids)
     size = ((found - expected).square().mean(-1) / expected.square().mean(-1)).sqrt()[0]
     early, late = size[:12].median(), size[-12:].median()  # a token may fall to another expert, a state must not drift

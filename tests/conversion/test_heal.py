@@ -190,7 +190,7 @@ def test_an_interrupted_run_is_neither_overwritten_nor_resumed_with_other_settin
     assert "--resume" in capsys.readouterr().err
     with pytest.raises(ZooError, match="unfinished run"):
         heal(teacher, student, tmp_path / "out", **options)
-    with pytest.raises(ZooError, match=r"distill_tokens was 512 and is now 1024"):
+    with pytest.raises(ZooError, match=r"distill.tokens was 512 and is now 1024"):
         heal(teacher, student, tmp_path / "out", resume=True, **{**options, "distill_tokens": 1024})
 
 

@@ -20,9 +20,11 @@ from transformers import PreTrainedTokenizerFast
 from zoo.conversion.core import recall, recall_pool, sampling, texts
 from zoo.conversion.core.data import check
 from zoo.conversion.core.distill import chunked_kl
-from zoo.conversion.core.optim import FINAL, Stage, decays, new_layers, parameter_groups
+from zoo.conversion.core.optim import decays, new_layers, parameter_groups
+from zoo.conversion.core.recipe import override, read
 from zoo.conversion.core.rows import Mixture, Part, Pool, Refreshed, Stream, assignment, needed_rows, parse
 from zoo.conversion.core.settings import choose
+from zoo.conversion.core.stages import Stage
 from zoo.errors import ZooError
 
 
@@ -222,11 +224,15 @@ def test_chunked_kl_is_torchs_kl_in_value_and_gradients(chunk: int) -> None:
         torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-6)
 
 
+def stage_of(kind: str, steps: int, lr_new: float, lr_copied: float, **fields: Any) -> Stage:
+    return Stage(kind, kind, 10 * steps, length=5, batch_size=2, lr_new=lr_new, lr_copied=lr_copied, **fields)
+
+
 def test_the_rate_rises_holds_and_falls() -> None:
-    stage = Stage("distill", 100, (1.0, 0.5), warmup=0.1, hold=0.5)
+    stage = stage_of("distill", 100, 1.0, 0.5, warmup=0.1, hold=0.5)
     factors = [stage.factor(step) for step in range(100)]
     assert factors[0] == pytest.approx(0.1) and max(factors) == 1.0
-    assert factors[49] == 1.0 and factors[75] == pytest.approx(0.5) and factors[99] == FINAL
+    assert factors[49] == 1.0 and factors[75] == pytest.approx(0.5) and factors[99] == 0.02
     assert all(a >= b for a, b in zip(factors[50:], factors[51:], strict=False))
 
 
@@ -235,10 +241,10 @@ def test_groups_freeze_what_a_stage_leaves_alone_and_spare_norms_from_decay() ->
     model.weight, model.norm = torch.nn.Parameter(torch.ones(2, 2)), torch.nn.Parameter(torch.ones(2, 2))
     model.dt = torch.nn.Parameter(torch.ones(2, 2))
     model.dt._no_weight_decay = True
-    groups = parameter_groups(model.named_parameters(), ["dt"], Stage("align", 1, (1e-3, 0.0)), 0.1)
+    groups = parameter_groups(model.named_parameters(), ["dt"], stage_of("long", 1, 1e-3, 0.0), 0.1)
     assert [len(group["params"]) for group in groups] == [1]
     assert [p.requires_grad for p in (model.weight, model.norm, model.dt)] == [False, False, True]
-    groups = parameter_groups(model.named_parameters(), ["dt"], Stage("distill", 1, (1e-3, 1e-4)), 0.1)
+    groups = parameter_groups(model.named_parameters(), ["dt"], stage_of("distill", 1, 1e-3, 1e-4), 0.1)
     assert {(group["lr"], group["weight_decay"]) for group in groups} == {(1e-3, 0.0), (1e-4, 0.1), (1e-4, 0.0)}
     assert not decays("a.o_norm", model.norm)
 
@@ -250,7 +256,7 @@ def test_new_layers_come_from_names() -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"length": 5000}, "length was 5000; the teacher reads at most 512"),
+        ({"length": 5000}, "stage align: length was 5000; the teacher reads at most 512"),
         ({"lenght": 5}, "unknown setting 'lenght'"),
         ({"align_tokens": -1}, "align_tokens was -1"),
         ({"batch_size": 0}, "batch_size was 0"),
@@ -259,7 +265,7 @@ def test_new_layers_come_from_names() -> None:
 )
 def test_settings_that_cannot_be_are_refused(given: dict[str, Any], message: str) -> None:
     with pytest.raises(ZooError, match=message):
-        choose(False, 512, {"data": "self", **given})
+        choose(False, 512, override(read("quick"), given))
 
 
 # ---- sampling -------------------------------------------------------------------------------------------------------

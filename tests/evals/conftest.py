@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+sys.path.insert(0, str(Path(__file__).parent))  # report_runs, which pytest's importlib mode does not find by itself
 
 SENTENCE = "the a dark old river ran over stones and under trees while men of the town slept in rooms above it"
 WORDS = SENTENCE.split()
@@ -56,13 +59,16 @@ def llama() -> LlamaForCausalLM:
 class Scripted(nn.Module):
     """A causal model that continues every row as `answer(text)` says; its cache is the ids that it has seen.
 
-    `window` limits it to the last `window` tokens of what it reads.
+    `window` limits it to the last `window` tokens of what it reads. With `every` it answers after each token of the
+    prompt, not only after the last: that is what log-likelihoods and labelled rows need (no cache then).
     """
 
-    def __init__(self, tokenizer: Any, answer: Callable[[str], str], window: int | None = None) -> None:
+    def __init__(
+        self, tokenizer: Any, answer: Callable[[str], str], window: int | None = None, every: bool = False
+    ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(1))
-        self.tokenizer, self.answer, self.window = tokenizer, answer, window
+        self.tokenizer, self.answer, self.window, self.every = tokenizer, answer, window, every
         self.config = SimpleNamespace(vocab_size=258, max_position_embeddings=4096, name_or_path="", model_type="fake")
         self.shapes: list[tuple[int, ...]] = []
 
@@ -72,10 +78,36 @@ class Scripted(nn.Module):
         seen = seen if past_key_values is None else torch.cat([seen, input_ids], 1)
         logits = torch.zeros(*input_ids.shape, 258)
         for row in range(len(prompt)):
-            visible = prompt[row] if self.window is None else prompt[row][-self.window :]
-            reply = self.tokenizer(self.answer(self.tokenizer.decode(visible)))["input_ids"]
-            logits[row, -1, (reply + [10] * 99)[seen.shape[1]]] = 1.0
+            for last in range(input_ids.shape[1]) if self.every else [input_ids.shape[1] - 1]:
+                read = prompt[row, : last + 1] if self.every else prompt[row]
+                reply = self.reply(read if self.window is None else read[-self.window :])
+                logits[row, last, (reply + [10] * 99)[seen.shape[1]]] = 1.0
         return SimpleNamespace(logits=logits, past_key_values=(prompt, seen))
+
+    def reply(self, visible: Tensor) -> list[int]:
+        ids: list[int] = self.tokenizer(self.answer(self.tokenizer.decode(visible)))["input_ids"]
+        return ids
+
+
+class TokenSolver(nn.Module):
+    """A causal model on token tasks: after each prefix of a row, `solve(prefix, hidden)` is its likeliest next token.
+
+    `window` limits the prefix to its last `window` tokens; `hidden` counts those before it.
+    """
+
+    def __init__(self, solve: Callable[[list[int], int], int], vocab_size: int, window: int | None = None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.solve, self.window = solve, window
+        self.config = SimpleNamespace(vocab_size=vocab_size, max_position_embeddings=4096, name_or_path="")
+
+    def forward(self, input_ids: Tensor, use_cache: bool = False) -> Any:
+        logits = torch.zeros(*input_ids.shape, self.config.vocab_size)
+        for row, ids in enumerate(input_ids.tolist()):
+            for end in range(1, len(ids) + 1):
+                hidden = 0 if self.window is None else max(0, end - self.window)
+                logits[row, end - 1, self.solve(ids[hidden:end], hidden)] = 1.0
+        return SimpleNamespace(logits=logits)
 
 
 def read_needle(text: str) -> str:

@@ -92,7 +92,7 @@ def test_answers_of_a_real_cache_equal_generate(llama: Any, tokenizer: Any) -> N
     import torch
 
     ids = [tokenizer(prompt)["input_ids"] for prompt in ("a river", "a stone", "trees and men")]
-    got = decoding.answers(llama, tokenizer, ids, ["-"] * 3, max_new=9)
+    got = decoding.answers(llama, tokenizer, [decoding.Continue(prompt, max_new=9) for prompt in ids])
     for prompt, answer in zip(ids, got, strict=True):
         x = torch.tensor([prompt])
         whole = llama.generate(

@@ -65,15 +65,15 @@ def test_batch_size_changes_nothing(llama: Any, monkeypatch: Any, tokenizer: Any
 
 def test_chunks_change_nothing(monkeypatch: Any) -> None:
     logits, targets = torch.randn(2, 9, 258), torch.randint(258, (2, 9))
-    whole = perplexity.token_nll(logits, targets)
-    monkeypatch.setattr(perplexity, "_CHUNK", 258 * 4)
-    torch.testing.assert_close(perplexity.token_nll(logits, targets), whole)
+    whole = running.token_nll(logits, targets)
+    monkeypatch.setattr(running, "_CHUNK", 258 * 4)
+    torch.testing.assert_close(running.token_nll(logits, targets), whole)
 
 
 def test_low_precision_logits_are_normalised_in_fp32() -> None:
     logits, targets = torch.randn(1, 200, 8192).bfloat16(), torch.randint(8192, (1, 200))
     exact = torch.nn.functional.cross_entropy(logits[0].double(), targets[0], reduction="none")
-    assert (perplexity.token_nll(logits, targets)[0] - exact).abs().max() < 1e-4
+    assert (running.token_nll(logits, targets)[0] - exact).abs().max() < 1e-4
 
 
 def test_a_bos_token_is_context_and_every_token_is_scored_once(tokenizer: Any) -> None:

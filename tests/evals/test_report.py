@@ -3,48 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from html.parser import HTMLParser
 from io import StringIO
 from pathlib import Path
-from typing import Any
 
 import pytest
+from report_runs import RUNS
 from rich.console import Console
 
 from zoo.errors import ZooError
 from zoo.evals.core.report import table, write_html
-from zoo.evals.core.result import Result, Row
 from zoo.evals.core.summary import count, size
 
-CURVE = {"x": [256.0, 512.0], "y": [1.0, 0.85], "low": [0.9, 0.7], "high": [1.0, 0.95]}
-
-
-def made(ppl: float, needle: float, kl: float, state: int, speed: float) -> dict[str, Result]:
-    efficiency = (
-        Row("state_bytes", state, at={"length": 32768}),
-        Row("prefill_tokens_per_second", speed, n=3, stderr=1.0, at={"length": 512}),
-        Row("decode_tokens_per_second", speed / 10, n=3, stderr=1.0, at={"length": 512}),
-        Row("state_bytes", 12345, at={"length": 32768, "of": "teacher"}),
-    )
-    rows: Mapping[str, tuple[tuple[Row, ...], dict[str, Any]]] = {
-        "perplexity": ((Row("perplexity", ppl, n=9, stderr=0.21),), {"perplexity_by_position": CURVE}),
-        "needle": ((Row("accuracy", needle, n=20, stderr=0.08, at={"length": 512}),), {"needle": CURVE}),
-        "fidelity": ((Row("kl", kl, n=9, stderr=0.001),), {"kl_by_position": CURVE}),
-        "efficiency": (efficiency, {"state_bytes/model": {"x": [1024.0, 1048576.0], "y": [1e3, 1e6]}}),
-    }
-    return {
-        task: Result(
-            task, 1, f"<{task}>", found, series=series, hardware={"torch": "9.8.7"}, options={"lengths": [512]}
-        )
-        for task, (found, series) in rows.items()
-    }
-
-
-RUNS = [
-    ("teacher & co", made(30.31, 0.95, 0.0, 201326592, 12345.0)),
-    ("healed", made(31.4, 0.85, 0.0123, 1048576, 6789.0)),
-]
 SHOWN = ["30.31 ± 0.21", "31.4", "0.95 ± 0.08", "0.85", "0.0123 ± 0.001", "192 MB", "1 MB", "12,345", "679", "32k"]
 
 
@@ -80,11 +50,24 @@ def test_the_page_shows_every_number(page: str) -> None:
 
 
 def test_the_page_has_every_plot(page: str) -> None:
-    headings = ["Perplexity by position", "Needle by length", "Divergence from", "State by length", "Tokens per second"]
+    headings = ["Perplexity by position", "Needle by length", "Divergence from", "State by length"]
+    headings += ["Recall against state", "Tokens per second", "needle: teacher", "needle: healed", "needle by depth"]
     assert page.count("<svg") == len(headings)
     for heading in headings:
         assert heading in page
     assert "teacher &amp; co, 512" in page and "healed, 512" in page, "every pair of bars says whose it is"
+
+
+def test_the_page_shows_samples_that_failed_first(page: str) -> None:
+    assert "needle, healed: 6 samples, 2 without any hit" in page
+    assert "I &lt;i&gt;forgot&lt;/i&gt;" in page and "&lt;b&gt;What&lt;/b&gt;" in page
+    own = page[page.index("needle, healed: 6") :]
+    assert own.index("<td>1024/50</td>") < own.index("<td>256/0</td>")
+
+
+def test_a_heat_map_has_the_share_and_number_of_each_cell(page: str) -> None:
+    cells = page[page.index("needle: teacher") : page.index("needle: healed")]
+    assert (cells.count(">1.00<"), cells.count(">0.00<"), cells.count(">n 1<")) == (4, 2, 6)
 
 
 def test_the_page_is_well_formed_and_stands_alone(page: str) -> None:

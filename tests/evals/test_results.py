@@ -37,13 +37,18 @@ def test_results_survive_the_disk(llama: Any, tokenizer: Any, text: Path, tmp_pa
     assert read_results(tmp_path / "results.json") == results
     for task in TASKS:
         assert Result.from_dict(json.loads((tmp_path / f"{task}.json").read_text())) == results[task]
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*(f"{t}.json" for t in TASKS), "results.json"])
+    files = {*(f"{t}.json" for t in TASKS), "results.json", "run.json", "timing.json", "samples", "journal"}
+    assert {path.name for path in tmp_path.iterdir()} == files
+    assert read_results(tmp_path)["needle"].records == results["needle"].records
 
 
-def test_every_task_is_complete(llama: Any, tokenizer: Any, text: Path) -> None:
+def test_every_task_is_complete(tokenizer: Any, text: Path) -> None:
+    model = zoo.create("hybrid", layout="attention,gla", vocab_size=258, max_position_embeddings=2048)
     for task in registry.names("evals"):
         family = registry.load("evals", task)
-        result = run(llama, tokenizer, text, tasks=[task], options={**SMALL, "key_value": {"pairs": [3]}})[task]
+        if "examples" in family.NEEDS:
+            continue
+        result = run(model, tokenizer, text, tasks=[task], options={**SMALL, "key_value": {"pairs": [3]}})[task]
         assert (result.task, result.version) == (task, family.VERSION)
         assert result.rows and result.seconds > 0 and result.dtype == "float32"
         assert {"cpu", "gpu", "torch", "transformers"} <= set(result.hardware)

@@ -7,22 +7,22 @@ from pathlib import Path
 from typing import Any
 
 from zoo import registry
-from zoo.errors import ZooError
+from zoo.evals.core.processes import joined, rank
 from zoo.evals.core.report import write_html
 from zoo.evals.core.runner import evaluate
 
 
 def run(model: str, tasks: Sequence[str] | None, out: Path | None, **options: Any) -> dict[str, Any]:
-    """Results by task. With `out`, its JSON files and `index.html` are written there; `out` must not exist.
+    """Results by task. With `out`, its JSON files and `index.html` are written there; the same call goes on with it.
 
     Args:
         tasks: names of evals; None takes those whose needs are among the options that are given.
         options: those of the runner.
     """
-    if out is not None and out.exists():
-        raise ZooError(f"{out} exists already; choose another directory with --out")
-    results = evaluate(model, tasks=tasks or possible(options), out=out, **options)
-    if out is not None:
+    with joined():
+        results = evaluate(model, tasks=tasks or possible(options), out=out, **options)
+        main = rank() == 0
+    if out is not None and main:
         write_html([(model, results)], out / "index.html")
     return results
 
