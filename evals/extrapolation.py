@@ -140,6 +140,8 @@ def _lengths(model: Any, lengths: Sequence[int] | None, beyond: bool) -> list[in
     if lengths is None:
         most = 1 if not beyond or learned_positions(model) else max(MULTIPLES)
         return [max(1, int(multiple * (limit or 1))) for multiple in MULTIPLES if multiple <= most]
+    if not lengths:
+        raise ZooError("task 'extrapolation': lengths was []; give at least one")
     for length in lengths:
         if not beyond or length < 1:
             running.check_length(model, length, "extrapolation")

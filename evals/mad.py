@@ -70,11 +70,9 @@ def evaluate(
     settings = {task: _setting(task, changes) for task in _names(tasks)}
     reads_back = getattr(model, "reads_rows_back", False)
     if tasks is None:
-        settings = {
-            task: setting
-            for task, setting in settings.items()
-            if (task == "compression") == reads_back and setting.vocab_size <= running.vocab_size(model)
-        }
+        settings = {task: setting for task, setting in settings.items() if _held(model, task, setting, reads_back)}
+    if not settings:
+        raise ZooError("task 'mad': tasks was [], or the model has no room for any; give tasks, vocab_size or length")
     for task, setting in settings.items():
         _check(model, task, setting, reads_back)
     records, macro = [], []
@@ -101,6 +99,12 @@ def _setting(task: str, changes: dict[str, Any]) -> Setting:
     takes = {"vocab_size", "length"}
     takes |= {"noise"} if task == "noisy_in_context_recall" else {"copies"} if task == "selective_copying" else set()
     return replace(BASELINES[task], **{key: changes[key] for key in takes if changes[key] is not None})
+
+
+def _held(model: Any, task: str, setting: Setting, reads_back: bool) -> bool:
+    limit = running.model_limit(model)
+    fits = setting.vocab_size <= running.vocab_size(model) and (limit is None or setting.length <= limit)
+    return fits and (task == "compression") == reads_back
 
 
 def _check(model: Any, task: str, setting: Setting, reads_back: bool) -> None:

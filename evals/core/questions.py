@@ -97,7 +97,9 @@ def check_depths(task: str, depths: Sequence[int]) -> None:
 
 
 def check_sizes(task: str, name: str, sizes: Sequence[int], least: int, most: int) -> None:
-    """Raise `ZooError` for a size beyond what the task can make."""
+    """Raise `ZooError` for no sizes or one beyond what the task can make."""
+    if not sizes:
+        raise ZooError(f"task {task!r}: {name} was []; give at least one")
     for size in sizes:
         if not least <= size <= most:
             raise ZooError(f"task {task!r}: {name} was {size}; it must be between {least} and {most}")

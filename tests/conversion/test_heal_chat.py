@@ -162,16 +162,12 @@ def test_a_student_heals_on_conversations_and_text(models_of: tuple[Path, Path],
     file = write(tmp_path / "a.jsonl", *[TALK] * 20)
     options: dict[str, Any] = {"align_tokens": 64, "distill_tokens": 64, "length": 16, "batch_size": 4}
     options |= {"progress": False, "device": "cpu", "data": f"{file},{tmp_path / 't.txt'}"}
-    with pytest.raises(ZooError, match="needs a chat template"):
-        heal(teacher, student, tmp_path / "out", **options)
-    assert not list(tmp_path.glob("out*"))
-    template = "{% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}"
-    (student / "chat_template.jinja").write_text(template)
-    try:
-        report = heal(teacher, student, tmp_path / "out", **options)
-    finally:
-        (student / "chat_template.jinja").unlink()
+    report = heal(teacher, student, tmp_path / "out", **options)
     assert report.tokens == 128 and np.isfinite(report.curves["distill"][-1][1])
+    write(tmp_path / "a.jsonl", TALK[:1])
+    with pytest.raises(ZooError, match="no reply of an assistant"):
+        heal(teacher, student, tmp_path / "again", **options)
+    assert not list(tmp_path.glob("again*"))
 
 
 def test_conversations_mix_with_text_by_their_shares(tmp_path: Path) -> None:

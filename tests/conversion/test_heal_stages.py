@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from torch.nn import functional as F
 
 from zoo.architectures.core.load import from_pretrained
 from zoo.conversion.core import recipe as recipes
+from zoo.conversion.core import tracking
 from zoo.conversion.core.align import Align, MixerCache
 from zoo.conversion.core.convert import convert
 from zoo.conversion.core.distill import Distill
@@ -119,6 +122,80 @@ def test_adapters_merge_to_the_weights_of_their_formula(pair: tuple[Any, Any]) -
     torch.testing.assert_close(ours(IDS).logits, adapted, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_an_adapter_is_no_checkpoint(whole: bool, hard_llama: Path, student: Path, tmp_path: Path) -> None:
+    adapter = tmp_path / "adapter"
+    if whole:
+        shutil.copytree(hard_llama, adapter)
+    adapter.mkdir(exist_ok=True)
+    (adapter / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "org/base"}')
+    calls: list[Callable[[], Any]] = [
+        lambda: from_pretrained(adapter),
+        lambda: from_pretrained(adapter, attention="quest"),
+        lambda: convert(adapter, tmp_path / "out", mixer="gla", dry_run=True),
+        lambda: heal(adapter, student, tmp_path / "out", align_tokens=64, device="cpu"),
+    ]
+    for call in calls:
+        with pytest.raises(ZooError, match=r"is a LORA adapter of org/base .*merge"):
+            call()
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+# ---- logging --------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("log", "message"),
+    [
+        ("tensorboard:runs", "tensorboard is not installed: pip install tensorboard"),
+        ("trackio:name", "trackio is not installed: pip install trackio"),
+        ("tensorboard:", "must be tensorboard:DIR or trackio:PROJECT"),
+        ("wandb:name", "must be tensorboard:DIR or trackio:PROJECT"),
+    ],
+)
+def test_a_log_that_cannot_be_is_refused(
+    log: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracking, "find_spec", lambda name: None)
+    with pytest.raises(ZooError, match=message):
+        heal("./missing", "./missing", tmp_path / "out", log=log)
+
+
+def test_a_tracker_is_told_every_reading(
+    hard_llama: Path, student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[tuple[str, Any]] = []
+
+    class Fake:
+        def __init__(self, name: str, where: str) -> None:
+            told.append(("init", (name, where)))
+
+        def start(self) -> None:
+            told.append(("start", None))
+
+        def store_init_configuration(self, values: dict[str, Any]) -> None:
+            told.append(("settings", values))
+
+        def log(self, values: dict[str, float], step: int) -> None:
+            told.append(("log", (step, values)))
+
+        def finish(self) -> None:
+            told.append(("finish", None))
+
+    monkeypatch.setattr(tracking, "find_spec", lambda name: True)
+    monkeypatch.setattr(tracking, "TensorBoardTracker", Fake)
+    (tmp_path / "t.txt").write_text("the river old man by inn " * 50)
+    options: dict[str, Any] = {"align_tokens": 128, "distill_tokens": 320, "length": 16, "batch_size": 2}
+    options |= {"data": str(tmp_path / "t.txt"), "device": "cpu", "progress": False}
+    report = heal(hard_llama, student, tmp_path / "out", log="tensorboard:runs", **options)
+    assert [what for what, _ in told] == ["init", "start", "settings", "log", "log", "log", "finish"]
+    assert told[0][1] == ("out", "runs") and told[2][1]["align.tokens"] == 128
+    assert all(isinstance(value, (int, float, str, bool)) for value in told[2][1].values())
+    (_, align), (_, first), (_, last) = (values for what, values in told if what == "log")
+    curves = report.curves
+    assert align["align/loss"] == curves["align"][0][1] and "distill/lr_0" in last
+    assert [first["distill/loss"], last["distill/loss"]] == [loss for _, loss in curves["distill"]]
+    assert [values[0] for what, values in told if what == "log"] == [128, 128 + 160, 128 + 320]
+
+
 # ---- whole runs -----------------------------------------------------------------------------------------------------
 RECIPE = """
 data: DATA
@@ -131,10 +208,11 @@ stages:
 """
 
 
-@pytest.mark.parametrize("step", [1, 4, 7, 9])  # of 2 + 4 + 2 + 2: once in each stage
+@pytest.mark.parametrize("step", [7, *(pytest.param(step, marks=pytest.mark.slow) for step in (1, 4, 9))])
 def test_a_recipe_killed_in_any_stage_ends_as_the_whole_run(
     step: int, hard_llama: Path, student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Of 2 + 4 + 2 + 2 steps; the seventh is in the stage with adapters."""
     import signal
 
     from safetensors.torch import load_file
@@ -169,6 +247,14 @@ def test_a_recipe_killed_in_any_stage_ends_as_the_whole_run(
 @pytest.mark.parametrize("name", recipes.presets())
 def test_every_preset_can_be_run(name: str) -> None:
     assert all(stage.steps for stage in choose(True, 32_768, recipes.read(name)).stages)
+
+
+def test_the_documents_example_can_be_run(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "healing.md").read_text()
+    (tmp_path / "r.yaml").write_text(text.partition("```yaml\n")[2].partition("```")[0])
+    chosen = choose(True, 32_768, recipes.read(tmp_path / "r.yaml"))
+    assert [stage.name for stage in chosen.stages] == ["align", "distill", "distill_2", "long"]
+    assert chosen.seed == 1 and [stage.lora is not None for stage in chosen.stages] == [False, False, True, False]
 
 
 @pytest.mark.parametrize(

@@ -145,8 +145,9 @@ def test_gsm8k_shots(solver: Callable[..., Any], tokenizer: Any, tmp_path: Path)
     ]
     one = gsm8k.prompt(problems[4], 4, 1, problems[3:5], 0)
     assert one == "Question: What is 3+3?\nAnswer: 3+3\n#### 6\n\nQuestion: What is 4+4?\nAnswer:"
-    many = [gsm8k.prompt(problem, i, 3, problems, 0) for i, problem in enumerate(problems)]
-    assert all(text.count("Question:") == 4 and text.count(problems[i]["context"]) == 1 for i, text in enumerate(many))
+    for seed in range(10):
+        text = gsm8k.prompt(problems[4], 4, 3, problems, seed)
+        assert text.count("Question:") == 4 and text.count("What is 4+4?") == 1
 
     def answer(text: str) -> str:
         asked = int(text.rpartition("What is ")[2].split("+")[0])

@@ -125,6 +125,16 @@ def test_generated_answers_agree(files: Path, gpt2: Any, tokenizer: Any) -> None
     assert [record.output[0] for record in adapted.records if record.at["filter"] == "strict"] == texts
     assert adapted.value("exact_match", filter="flexible") == ours.value("flexible")
 
+    mark = next(c for text in texts for c in text[1:] if c.isascii() and c.isalnum())
+    stopped = files / "stopped.yaml"
+    stopped.write_text((files / "gsm8k.yaml").read_text().replace("['Question:']", f"['{mark}']"))
+    name = f"lm_eval:{stopped}"
+    adapted = evaluate(gpt2, tokenizer, tasks=[name])[name]
+    theirs = _harness(gpt2, tokenizer, stopped)["samples"]["local_gsm8k"]
+    found = [record.output[0] for record in adapted.records if record.at["filter"] == "strict"]
+    assert found == [entry["resps"][0][0] for entry in theirs if entry["filter"] == "strict"]
+    assert found != texts
+
 
 @pytest.mark.filterwarnings("ignore")
 def test_rolling_likelihoods_agree(files: Path, gpt2: Any, tokenizer: Any) -> None:

@@ -38,9 +38,11 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
 
-@pytest.fixture
-def page(tmp_path: Path) -> str:
-    return write_html(RUNS, tmp_path / "deep" / "report.html", title="Books").read_text(encoding="utf-8")
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_html(RUNS, tmp_path_factory.mktemp("page") / "deep" / "report.html", title="Books").read_text(
+        encoding="utf-8"
+    )
 
 
 def test_the_page_shows_every_number(page: str) -> None:

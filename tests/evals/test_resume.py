@@ -88,6 +88,7 @@ def test_a_killed_run_ends_with_the_same_bits(
     assert not runs
 
 
+@pytest.mark.slow
 def test_two_processes_answer_as_one(model: Any, asked: list[LogLikelihood], whole: list[Any], tmp_path: Path) -> None:
     import json
 

@@ -14,7 +14,7 @@ import torch
 from conftest import TokenSolver
 
 from zoo.evals import mad, mqar, state_tracking
-from zoo.evals.core import labelled, requests
+from zoo.evals.core import labelled, mad_rows, requests
 from zoo.evals.core.auto_encoder import AutoEncoder, places
 from zoo.evals.core.records import Record
 
@@ -57,7 +57,7 @@ def test_grids_are_the_published_ones() -> None:
 
 def test_slots_are_drawn_as_by_numpy() -> None:
     """Zoology draws with `numpy.random.choice(replace=False, p=...)`; a draw here has the same distribution."""
-    slots, n = 28, 4000
+    slots, n = 28, 2500
     weights = np.arange(1, slots + 1) ** (0.01 - 1)
     rng = np.random.default_rng(0)
     theirs = np.array([rng.choice(slots, 4, replace=False, p=weights / weights.sum()) for _ in range(n)])
@@ -119,3 +119,7 @@ def test_compression_is_read_back_from_one_state(llama: Any) -> None:
         joined = model(torch.cat([first, second], 1)).logits
         alone = model.decoder(state[:, -1:] + places(18, state))
     torch.testing.assert_close(joined, alone)
+
+
+def test_the_memory_is_the_same_in_every_process() -> None:
+    assert mad_rows.memory(16) == (12, 14, 13, 8, 10, 11, 9)

@@ -86,8 +86,8 @@ CASES = {
         lambda text: one(r"The pass key is (\d+)\. Remember", text), lambda text: ["123"], 500,
     ),
     "json_kv": Case(
-        json_kv, {"pairs": [10]}, lambda tokenizer, i: json_kv.question(10, DEPTHS[i % 5], i, 0), pair,
-        lambda text: re.findall(r': "(.{36})"', text), 500,
+        json_kv, {"pairs": [6]}, lambda tokenizer, i: json_kv.question(6, DEPTHS[i % 5], i, 0), pair,
+        lambda text: re.findall(r': "(.{36})"', text), 350,
     ),
     "phonebook": Case(
         phonebook, {"entries": [20]}, lambda tokenizer, i: phonebook.question(20, i, 0), entry,
@@ -117,7 +117,7 @@ def test_an_oracle_scores_one(case: Case, tokenizer: Any) -> None:
 
 @each_case
 def test_a_guess_scores_chance(case: Case, tokenizer: Any) -> None:
-    samples = 60
+    samples = 30
     found = [case.guesses(case.question(tokenizer, i).text) for i in range(samples)]
     p = 1 / 50_000 if case.task is passkey else 1 / len(found[0])
     assert len({len(guesses) for guesses in found}) == 1
@@ -147,9 +147,9 @@ def test_a_short_memory_holds_chains_of_some_steps(tokenizer: Any) -> None:
 
 @each_case
 def test_samples_do_not_depend_on_how_many_there_are(case: Case, tokenizer: Any) -> None:
-    runs = [(2, 0), (6, 0), (2, 1)]
+    runs = [(2, 0), (4, 0), (2, 1)]
     few, many, other = (case.score(tokenizer, str, samples=n, seed=seed).records for n, seed in runs)
-    assert few == many[:2] and len({record.prompt for record in [*many, *other]}) == 8
+    assert few == many[:2] and len({record.prompt for record in [*many, *other]}) == 6
 
 
 @pytest.mark.parametrize("length", [700, 1500, 4000])
@@ -194,6 +194,7 @@ def test_programs_pass_every_number_on_in_order() -> None:
             values[name] = source if source.isdigit() else values[source]  # defined by then
         assert [list(values.values()).count(value) for value in sorted(set(values.values()))] == [4] * 4
         assert values[asked.text.split()[-2]] == asked.answer
+        assert f"= VAR {asked.text.split()[-2]}\n" not in asked.text  # the last of its chain
 
 
 @pytest.mark.parametrize(
@@ -229,6 +230,7 @@ def test_scores(output: str, value: str, score: Callable[[str, str], bool], righ
         (variable_tracking, {"chains": 0}, "chains was 0; it must be at least 1"),
         (symbolic, {"steps": [26]}, "steps was 26; it must be between 0 and 25"),
         (symbolic, {"samples": 0}, "samples was 0"),
+        (symbolic, {"steps": []}, r"steps was \[\]; give at least one"),
     ],
 )
 def test_bad_options_are_one_line(llama: Any, tokenizer: Any, task: Any, options: dict[str, Any], message: str) -> None:

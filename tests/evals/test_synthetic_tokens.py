@@ -219,6 +219,7 @@ def test_samples_do_not_depend_on_how_many_there_are(case: Case) -> None:
         (mad, {"noise": 1.0}, "noise was 1.0"),
         (mad, {"tasks": ["selective_copying"], "length": 20}, "length of selective_copying was 20"),
         (mad, {"vocab_size": 3}, "vocab_size of in_context_recall was 3; it must be 4 to 258"),
+        (mad, {"tasks": []}, r"tasks was \[\]"),
         (induction_heads, {"samples": 0}, "samples was 0; it must be at least 1"),
     ],
 )
@@ -226,3 +227,14 @@ def test_bad_options_are_one_line(task: Any, options: dict[str, Any], message: s
     with pytest.raises(ZooError, match=message) as caught:
         task.evaluate(TokenSolver(lambda ids, hidden: 0, 258), **options)
     assert "\n" not in str(caught.value)
+
+
+def test_a_small_model_gets_the_tasks_that_it_holds() -> None:
+    model = TokenSolver(lambda ids, hidden: 0, 40)
+    model.config.max_position_embeddings = 200
+    recall = ["in_context_recall", "noisy_in_context_recall", "fuzzy_in_context_recall"]
+    assert list(mad.evaluate(model, samples=1).options["settings"]) == recall  # copying is longer, memorization wider
+    assert mqar.evaluate(model, samples=1, vocab_size=36).options["grid"] == [[64, 4], [128, 8]]
+    model.config.max_position_embeddings = 20
+    with pytest.raises(ZooError, match="the model has no room for any"):
+        mad.evaluate(model)
