@@ -59,7 +59,8 @@ def _cell(row: Row | None) -> str:
 def number(row: Row) -> str:
     """The value of a row in the unit that suits its metric."""
     styles: dict[str, Callable[[float], str]] = {"bytes": size, "second": lambda x: f"{x:,.0f}"}
-    style = styles.get(row.metric.rpartition("_")[2])
+    # acc_bytes is an accuracy per byte
+    style = None if row.metric.startswith("acc") else styles.get(row.metric.rpartition("_")[2])
     return style(row.value) if style else f"{row.value:.4g}"
 
 

@@ -14,7 +14,9 @@ import torch
 from zoo.errors import ZooError
 from zoo.evals import arc_easy, boolq, copa, gsm8k, lambada, openbook_qa, piqa, winogrande
 from zoo.evals.core.choices import Item, accuracies, likelihood_requests
+from zoo.evals.core.result import Row
 from zoo.evals.core.runner import evaluate
+from zoo.evals.core.summary import number
 
 QUESTION = {"query": "Q", "choices": ["a", "b"], "gold": 1}
 PAIR = {"context_options": ["Ann saw", "Bob saw"], "continuation": "it.", "gold": 0}
@@ -67,6 +69,10 @@ def test_accuracies_divide_by_characters_and_bytes() -> None:
     found = {gold: accuracies(Item([], item.choices, gold), [-6.0, -5.0, -5.5], metrics) for gold in range(3)}
     assert [tuple(found[gold].values()) for gold in range(3)] == [(0, 0, 1), (1, 0, 0), (0, 1, 0)]
     assert accuracies(Item([], ["a", "b"], 0), [-1.0, -1.0], ("acc",))["acc"]  # the first of equals
+
+
+def test_accuracies_are_not_shown_as_sizes() -> None:
+    assert number(Row("acc_bytes", 0.44)) == "0.44" and number(Row("peak_bytes", 2048)) == "2 KB"
 
 
 def _log_likelihood(model: Any, tokenizer: Any, context: str, continuation: str) -> tuple[float, bool]:
