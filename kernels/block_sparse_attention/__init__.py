@@ -19,7 +19,6 @@ from zoo.kernels.block_sparse_attention.validate import check_integers, check_si
 __all__ = ["block_sparse_attention", "query_blocks"]
 
 BACKENDS = dispatch.load(__name__)
-BACKENDS["triton"] = BACKENDS.pop("triton")  # until its kernels have been checked on a GPU, only a pin takes them
 SIZES = (1, *range(16, 129))
 LARGE = range(256, 4097, 128)  # blocks of keys alone
 

@@ -92,7 +92,7 @@ def other_keys(columns, n, own, C, sinks, near, window, length):
 def own_place(q_positions, starts, b, i, Tq, Tk, row_stride):
     """Position of query i, the number of its list, first key and number of keys of row b. Lists begin with the first
     query that is no padding."""
-    begin = b * 0
+    begin = i * 0
     if starts is not None:
         begin = tl.load(starts + b).to(tl.int32)
     if q_positions is not None:

@@ -53,8 +53,6 @@ def reason(q: Tensor) -> str | None:
         return "triton is not installed"
     if dispatch.pinned() not in (None, "triton"):
         return f"backend {dispatch.pinned()!r} is pinned"
-    if dispatch.pinned() is None and not launch.interpreting():
-        return "its kernels have not been checked on a GPU, so that only a pin takes them"
     if q.dtype == torch.float64:
         return "its kernels compute in fp32 and the inputs are fp64"
     return launch.device_reason(q)

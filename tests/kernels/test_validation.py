@@ -184,8 +184,7 @@ def test_every_op_has_a_reference_and_a_parallel_form():
         names = list(dispatch.backends(op))
         assert {"chunked", "reference"} <= set(names)
         fastest = [name for name in dispatch.FASTEST_FIRST if name in names]
-        pinned = op == "block_sparse_attention"  # its Triton kernels have not been checked on a GPU
-        assert names == (fastest[1:] + fastest[:1] if pinned else fastest)
+        assert names == fastest
 
 
 def fake(name, reason):
